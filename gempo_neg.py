@@ -76,7 +76,7 @@ class Args:
     eval_best_of: Count = 10  # samples per action in evaluation; the best by the minimum of the critics is played
     eval_frequency: Natural = 10_000  # environment steps between two evaluations; 0 turns them off
     eval_episodes: Count = 10  # episodes per evaluation
-    ell: Annotated[float, "finite and at most 0", lambda v: -math.inf < v <= 0] = -0.1  # weight floor, in average weights
+    ell: Annotated[float, "finite and at most 0", lambda v: -math.inf < v <= 0] = -0.1  # floor of N w_i
 
 
 def check_args(args: Args) -> Args:
