@@ -12,8 +12,8 @@ critics, q_i = Q(s, a_i), and train the policy to denoise them with the weights
 
 Actions far below the others get negative weights, which push the policy away from them (section 3.3). The floor ell
 counts in average weights: with ell = -0.3 no action weighs less than -0.3 of the average one; ell = 0 is gempo_linear.
-Usage: `python gempo_neg.py --ell -0.3`, or `--help`. This file differs from its siblings gempo_exp.py, gempo_linear.py
-and gempo_square.py in this docstring, in the last field of Args and in the section REWEIGHTING, and nowhere else.
+Usage: `python gempo_neg.py --ell -0.3`, or `--help`. The siblings gempo_exp.py, gempo_linear.py and gempo_square.py
+differ in this docstring, in the last field of Args (ell) and in the section REWEIGHTING.
 """
 
 import importlib.util
@@ -124,25 +124,30 @@ def mish(x: jax.Array) -> jax.Array:
     return x - 2.0 * x / (e * (e + 2.0) + 2.0)
 
 
+def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
+    """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32."""
+    return jax.lax.dot_general(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), dims, preferred_element_type=jnp.float32)
+
+
 class Actor(nn.Module):
     """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, time features f(t), state features g(s)].
 
-    The first layer is linear, W [x, f, g] = W_x x + W_t f + W_s g, so the sampler computes W_s g(s) once a state and
-    W_t f(t) once a diffusion step, not for every particle at every step: 36% fewer multiply-adds.
+    The first layer is linear, W [x, f, g] = W_x x + W_t f + W_s g, so the sampler computes W_s g once a state and W_t f
+    once a diffusion step, not for every particle at every step: 36% fewer multiply-adds.
     """
 
     action_dim: int
     hidden_dim: int = 256
+    dot: Any = jax.lax.dot_general  # that of the hidden layers
 
     def setup(self):
         dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
         self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
         self.time_layers = [dense(TIME_DIM), dense(TIME_DIM)]
         self.state_layers = [dense(STATE_DIM), dense(STATE_DIM)]
-        input_dim = self.action_dim + TIME_DIM + STATE_DIM
-        self.input_kernel = self.param("input_kernel", ORTHOGONAL, (input_dim, self.hidden_dim))
-        self.input_bias = self.param("input_bias", nn.initializers.zeros, (self.hidden_dim,))
-        self.hidden_layers = [dense(self.hidden_dim), dense(self.hidden_dim)]
+        self.kernel_in = self.param("kernel_in", ORTHOGONAL, (self.action_dim + TIME_DIM + STATE_DIM, self.hidden_dim))
+        self.bias_in = self.param("bias_in", nn.initializers.zeros, (self.hidden_dim,))
+        self.hidden_layers = [dense(self.hidden_dim, dot_general=self.dot) for _ in range(2)]
         self.output_layer = dense(self.action_dim)
 
     def embed_time(self, t):
@@ -151,17 +156,17 @@ class Actor(nn.Module):
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         for layer in self.time_layers:
             features = mish(layer(features))
-        return features @ self.input_kernel[self.action_dim : -STATE_DIM] + self.input_bias
+        return features @ self.kernel_in[self.action_dim : -STATE_DIM] + self.bias_in
 
     def embed_obs(self, obs):
         """W_s g(s) (..., hidden_dim) at observations (..., obs_dim); g: two layers."""
         for layer in self.state_layers:
             obs = mish(layer(obs))
-        return obs @ self.input_kernel[-STATE_DIM:]
+        return obs @ self.kernel_in[-STATE_DIM:]
 
     def denoise(self, x, time_embedding, obs_embedding):
         """eps_hat (..., d) at x (..., d); the embeddings broadcast over the leading axes."""
-        h = mish(x @ self.input_kernel[: self.action_dim] + (time_embedding + obs_embedding))
+        h = mish(x @ self.kernel_in[: self.action_dim] + (time_embedding + obs_embedding))
         h = h.reshape(-1, self.hidden_dim)  # XLA's CPU products of more than two axes have slow gradients
         for layer in self.hidden_layers:
             h = mish(layer(h))
@@ -172,15 +177,15 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a) (...), an MLP 2x256 ReLU on [s, a], at obs (..., obs_dim) and actions (..., d) that broadcast."""
+    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), which broadcast."""
 
     hidden_dim: int = 256
 
     @nn.compact
     def __call__(self, obs, actions):
         dense, obs_dim = partial(nn.Dense, kernel_init=ORTHOGONAL), obs.shape[-1]
-        kernel = self.param("input_kernel", ORTHOGONAL, (obs_dim + actions.shape[-1], self.hidden_dim))
-        bias = self.param("input_bias", nn.initializers.zeros, (self.hidden_dim,))
+        kernel = self.param("kernel_in", ORTHOGONAL, (obs_dim + actions.shape[-1], self.hidden_dim))
+        bias = self.param("bias_in", nn.initializers.zeros, (self.hidden_dim,))
         h = nn.relu(actions @ kernel[obs_dim:] + (obs @ kernel[:obs_dim] + bias))  # the state's part once a state
         shape, h = h.shape[:-1], h.reshape(-1, self.hidden_dim)
         return dense(1)(nn.relu(dense(self.hidden_dim)(h))).reshape(shape)
@@ -212,6 +217,7 @@ def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array,
 
 def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
     """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim) by `num_steps` ancestral DDPM steps."""
+    actor = actor.clone(dot=bfloat16_dot)  # no gradient flows here, and an update takes 30% less time on the CPU
     grid = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
     alpha, sigma = noise_schedule(grid)
     beta = 1 - (a := alpha[1:] / alpha[:-1]) ** 2  # x_i = a_i x_{i-1} + sqrt(beta_i) eps
@@ -324,7 +330,7 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
     obs, actions, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim)), jnp.zeros((1, 1))
     params = {"actor": actor.init(actor_key, actions, t, obs), "critic": critic.init(critic_key, obs, actions)}
     slow_params = jax.tree.map(jnp.copy, params)  # arrays of its own: train_step donates both
-    params["log_lambda"] = jnp.zeros(())
+    params["log_lambda"] = jnp.zeros(())  # so that lambda moves by a fixed ratio a step, at any scale of Q
     rates = {"actor": args.policy_lr, "critic": args.q_lr, "log_lambda": args.temperature_lr}
     optimizer = optax.multi_transform({part: optax.adam(rate) for part, rate in rates.items()}, {k: k for k in rates})
     return Agent(params, slow_params, optimizer.init(params), jnp.zeros((), jnp.int32), actor, critic, optimizer)
@@ -344,10 +350,7 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
 
 
 def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float) -> tuple[jax.Array, jax.Array]:
-    """lambda (kappa - KL(w || uniform)) (equation 23) and the KL, averaged over states; weights (B, N).
-
-    log lambda is learned, not lambda, so that it moves by a fixed ratio a step at any scale of Q (released code).
-    """
+    """lambda (kappa - KL(w || uniform)) (equation 23) and the KL, averaged over states; weights (B, N)."""
     p = jnp.maximum(weights, 1e-6)  # with negative weights the budget kappa bounds the positive part
     p = p / p.sum(axis=-1, keepdims=True)
     kl = math.log(weights.shape[-1]) + jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
@@ -380,7 +383,6 @@ def update(agent: Agent, batch: Transition, key: jax.Array, args: Args) -> tuple
             "losses/q_values": q_values.mean(),
             "charts/temperature": jnp.exp(params["log_lambda"]),
             "charts/kl": kl,
-            "charts/weights_min": args.num_particles * weights.min(),
             "charts/weights_negative_share": jnp.mean(weights < 0),
             "charts/particles_std": particles.std(axis=1).mean(),
         }
@@ -424,10 +426,9 @@ def evaluate(agent: Agent, envs: list[gym.Env], seed: int, args: Args) -> dict[s
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), list(range(len(envs)))
     while running:
-        step = int(lengths.max())
-        actions = np.asarray(act(agent, obs, jax.random.key(seed), step, args.eval_best_of, args.diffusion_steps))
-        for i in running.copy():
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+        actions = act(agent, obs, jax.random.key(seed), lengths.max(), args.eval_best_of, args.diffusion_steps)
+        for i, action in zip(running.copy(), np.asarray(actions)[running], strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
             if terminated or truncated:
                 running.remove(i)
@@ -447,17 +448,16 @@ def main(args: Args) -> Agent:
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run}
         importlib.import_module("wandb").init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
-    agent = create_agent(args, obs_dim, action_dim, init_key)
-    buffer = create_buffer(args.buffer_size, obs_dim, action_dim)
+    agent, buffer = create_agent(args, *dims, init_key), create_buffer(args.buffer_size, *dims)
     insert = jax.jit(add_transitions, donate_argnames="buffer")
     envs.action_space.seed(args.seed)
     obs = envs.reset(seed=args.seed)[0].astype(np.float32)  # MuJoCo's are float64: cast once
     transitions, start = None, None
     with SummaryWriter(run) as writer:
-        rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|{rows}")
+        rows = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
         print(f"{args.env_id} on {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
         for step in range(0, args.total_timesteps, args.num_envs):
             done, scalars = step + args.num_envs, {}  # done: environment steps once this one has been made

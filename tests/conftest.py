@@ -1,0 +1,21 @@
+"""Set up JAX before anything imports it: exact matrix products, and a compilation cache kept between runs."""
+
+import os
+import pathlib
+import sys
+
+from hypothesis import settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts lie in the repository's root, wherever pytest is started
+
+# By the environment, so that the subprocesses of test_scripts.py have it too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a GPU's default is TF32, 3 decimal digits
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+# Derandomized: a failure is the same for everyone. No deadline: the first example of a shape compiles.
+settings.register_profile("gempo", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("gempo")
