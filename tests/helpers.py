@@ -51,7 +51,7 @@ def actor(params, x, t, obs):
     g = mish(dense(p["state_layers_1"], mish(dense(p["state_layers_0"], obs))))
     leading = np.broadcast_shapes(x.shape[:-1], f.shape[:-1], g.shape[:-1])
     h = np.concatenate([np.broadcast_to(v, (*leading, v.shape[-1])) for v in (x, f, g)], axis=-1)
-    h = mish(h @ p["input_kernel"] + p["input_bias"])
+    h = mish(h @ p["kernel_in"] + p["bias_in"])
     h = mish(dense(p["hidden_layers_1"], mish(dense(p["hidden_layers_0"], h))))
     return dense(p["output_layer"], h)
 
@@ -63,7 +63,7 @@ def critics(params, obs, actions):
     inputs = np.concatenate([np.broadcast_to(v, (*leading, v.shape[-1])) for v in (obs, actions)], axis=-1)
     q_values = []
     for j in range(2):
-        h = np.maximum(inputs @ p["input_kernel"][j] + p["input_bias"][j], 0)
+        h = np.maximum(inputs @ p["kernel_in"][j] + p["bias_in"][j], 0)
         output, hidden = (jax.tree.map(lambda v, j=j: v[j], p[name]) for name in ("Dense_0", "Dense_1"))
         q_values.append(dense(output, np.maximum(dense(hidden, h), 0))[..., 0])
     return np.stack(q_values)

@@ -68,7 +68,6 @@ def test_update_computes_the_losses_of_a_plain_float64_version(name):
         "losses/q_values": q_values.mean(),
         "charts/temperature": np.exp(-0.5),
         "charts/kl": kl,
-        "charts/weights_min": 16 * weights.min(),
         "charts/weights_negative_share": np.mean(weights < 0),
         "charts/particles_std": particles.std(axis=1).mean(),
     }
@@ -158,7 +157,9 @@ def test_the_minimizer_with_negative_weights_is_that_of_theorem_d2():
     keys = jax.random.split(jax.random.key(0), 40)
     tables = (jnp.full((8, 18), c) for c in (0.0, 1.0))  # the outermost columns are |x_t| > 2
     at_zero, at_one = (sum(np.float64(gradient(table, key)) for key in keys) for table in tables)
-    minimizer = (at_zero / (at_zero - at_one))[:, 1:-1]
+    at_zero, at_one = at_zero[:, 1:-1], at_one[:, 1:-1]
+    with np.errstate(invalid="ignore"):  # 0 / 0 in cells that no draw reached
+        minimizer = at_zero / (at_zero - at_one)
 
     def midpoints(edges):  # of 100 intervals in each cell
         fine = np.linspace(edges[0], edges[-1], 100 * (len(edges) - 1) + 1)
@@ -260,5 +261,5 @@ def test_act_plays_the_best_of_its_samples_by_the_smaller_critic():
     samples = gempo.sample_actions(agent.actor, agent.params["actor"], obs, jax.random.fold_in(key, 9), 6, 4)
     q_values = helpers.critics(agent.params["critic"], np.asarray(obs)[:, None], np.asarray(samples))
     best = q_values.min(axis=0).argmax(axis=1)
-    np.testing.assert_allclose(played, np.asarray(samples)[np.arange(5), best], atol=1e-5)
+    np.testing.assert_allclose(played, np.asarray(samples)[np.arange(5), best], atol=0.01)  # sampled in bfloat16
     assert len(set(best)) > 1  # not always the same sample
