@@ -150,6 +150,7 @@ def measure(args: Args) -> dict:
     # The rate once more: the machine's speed may have drifted.
     matmul_gflops = max(matmul_gflops, measure_matmul_gflops(tokens, args.hidden_dim, args.repeats))
     act_ms = median_ms(partial(act, agent, transitions.obs, key, 0), 10 * args.repeats)
+    agent = buffer = None  # frees them: the script below makes its own
 
     # End to end: the script itself, evaluation off; it leaves random steps and compiling out of its SPS.
     step_ms = args.num_envs * (act_ms / args.num_envs + max(update_ms * num_updates, env_ms * args.num_envs))
