@@ -217,7 +217,6 @@ def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array,
 
 def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
     """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim) by `num_steps` ancestral DDPM steps."""
-    actor = actor.clone(dot=bfloat16_dot)  # no gradient flows here, and an update takes 30% less time on the CPU
     grid = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
     alpha, sigma = noise_schedule(grid)
     beta = 1 - (a := alpha[1:] / alpha[:-1]) ** 2  # x_i = a_i x_{i-1} + sqrt(beta_i) eps
@@ -361,13 +360,14 @@ def update(agent: Agent, batch: Transition, key: jax.Array, args: Args) -> tuple
     """One gradient step of critics, actor and temperature on B transitions, and the scalars to log. Pure."""
     actor, critic, params, slow_params = agent.actor, agent.critic, agent.params, agent.slow_params
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
-    num_steps = args.diffusion_steps
+    num_steps, pi_old = args.diffusion_steps, actor.clone(dot=bfloat16_dot)  # 30% off an update's time on the CPU
     # TD targets: y = r + gamma (1 - terminated) min_j Q_target_j(s', a'), a' from the current policy.
     next_actions = sample_actions(actor, params["actor"], batch.next_obs, next_key, args.td_best_of, num_steps)
     next_q = critic.apply(slow_params["critic"], batch.next_obs[:, None], next_actions).min(axis=0).max(axis=-1)
     targets = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-    # Algorithm 1: N noisy particles from pi_old, weighted by the mean of the critics.
-    particles = sample_actions(actor, slow_params["actor"], batch.obs, particle_key, args.num_particles, num_steps)
+    # Algorithm 1: N particles from pi_old plus noise, which drowns the rounding of bfloat16, weighted by the critics'
+    # mean. All other samples, for acting and for the targets, are drawn in float32.
+    particles = sample_actions(pi_old, slow_params["actor"], batch.obs, particle_key, args.num_particles, num_steps)
     particles += args.additive_noise * jax.random.normal(noise_key, particles.shape)  # (B, N, d)
     q_values = critic.apply(params["critic"], batch.obs[:, None], particles).mean(axis=0)  # (B, N)
     weights = compute_weights(q_values, jnp.exp(params["log_lambda"]), args)
