@@ -45,7 +45,8 @@ def test_update_computes_the_losses_of_a_plain_float64_version(name):
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
     sample = jax.jit(script.sample_actions, static_argnums=(0, 4, 5))
     next_actions = sample(agent.actor, agent.params["actor"], batch.next_obs, next_key, 3, 4)
-    particles = sample(agent.actor, agent.slow_params["actor"], batch.obs, particle_key, 16, 4)
+    pi_old = agent.actor.clone(dot=script.bfloat16_dot)
+    particles = sample(pi_old, agent.slow_params["actor"], batch.obs, particle_key, 16, 4)
     particles = np.float64(particles) + 0.3 * np.float64(jax.random.normal(noise_key, particles.shape))
     targets = []
     for i in range(8):  # the best of three by the smaller target critic; nothing after a termination
