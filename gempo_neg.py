@@ -105,7 +105,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         if video_folder:
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda _: True, disable_logger=True)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise SystemExit(f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"--env-id {env_id} or --capture-video fails: {' '.join(str(error).split())}") from None
     spaces, box = (env.observation_space, env.action_space), gym.spaces.Box
     if not all(isinstance(space, box) for space in spaces) or len(spaces[1].shape) != 1 or not spaces[1].is_bounded():
         raise SystemExit(f"--env-id must have Box observations and flat, bounded Box actions, unlike {env_id}")
