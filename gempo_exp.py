@@ -16,29 +16,36 @@ Usage: `python gempo_exp.py --env-id Hopper-v5`, or `--help`. The siblings gempo
 gempo_neg.py differ in this docstring, in the section REWEIGHTING and in the flag --ell of gempo_neg.py.
 """
 
+import contextlib
+import copyreg
+import fcntl
 import importlib.util
 import math
+import os
 import pathlib
+import signal
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
+import cloudpickle
 import flax.linen as nn
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import tyro
 from flax import serialization, struct
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer as tb, summary
 
 # =================================================== ARGUMENTS ===================================================
 Count = Annotated[int, "a whole number, at least 1", lambda v: v >= 1]
 Natural = Annotated[int, "a whole number, at least 0", lambda v: v >= 0]
 Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.inf]
-NonNegative = Annotated[float, "a finite number, at least 0", lambda v: 0 <= v < math.inf]
 Fraction = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
 
 
@@ -51,6 +58,9 @@ class Args:
     wandb_entity: str | None = None  # entity (team) of the wandb project
     capture_video: bool = False  # whether to record an episode of each evaluation (runs/{run}/videos)
     save_model: bool = False  # whether to save the parameters at the end (runs/{run}/{exp_name}.model)
+    checkpoint_frequency: Natural = 50_000  # steps between two checkpoints (runs/{run}/checkpoints); 0 turns them off
+    checkpoint_buffer: bool = True  # whether they hold the replay buffer; if not, a resumed run fills a new one first
+    resume: str | None = None  # a run's folder (runs/{run}) to go on from at its newest checkpoint, with its flags
     env_id: str = "HalfCheetah-v5"  # gymnasium id, Box observations and actions; `module:id` imports the module first
     num_envs: Count = 1  # environments stepped side by side
     total_timesteps: Count = 1_000_000  # environment steps in all, counted over all environments
@@ -66,7 +76,7 @@ class Args:
     hidden_dim: Count = 256  # width of the hidden layers of actor and critics
     num_particles: Count = 64  # actions drawn from pi_old at each state of the batch (N)
     diffusion_steps: Count = 20  # denoising steps of the sampler (T)
-    additive_noise: NonNegative = 0.2  # standard deviation of the Gaussian noise added to the N actions
+    additive_noise: Annotated[float, "finite, at least 0", lambda v: 0 <= v < math.inf] = 0.2  # std, added to actions
     target_kl: Positive | None = None  # KL budget of the weights in nats (kappa), below log N; None: the paper's
     old_policy_interval: Count = 1_000  # updates between two hard copies of the actor to pi_old
     loss_clip: Positive = 5.0  # upper limit of an element's squared error in the actor's loss; bounds negative weights
@@ -108,12 +118,14 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     spaces, box = (env.observation_space, env.action_space), gym.spaces.Box
     if not all(isinstance(space, box) for space in spaces) or len(spaces[1].shape) != 1 or not spaces[1].is_bounded():
         raise SystemExit(f"--env-id must have Box observations and flat, bounded Box actions, unlike {env_id}")
+    copyreg.pickle(type(env.unwrapped), lambda env: (  # for checkpoints; gymnasium's own way keeps no state
+        object.__new__, (type(env),), vars(env), None, None, lambda new, state: vars(new).update(state)))  # fmt: skip
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 # =================================================== NETWORKS ====================================================
-ORTHOGONAL = nn.initializers.orthogonal(math.sqrt(2))
+Dense = partial(nn.Dense, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 TIME_DIM, STATE_DIM = 64, 128  # widths of the time and the state features (released code)
 
 
@@ -131,8 +143,8 @@ def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
 class Actor(nn.Module):
     """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, time features f(t), state features g(s)].
 
-    The first layer is linear, W [x, f, g] = W_x x + W_t f + W_s g, so the sampler computes W_s g once a state and W_t f
-    once a diffusion step, not for every particle at every step: 36% fewer multiply-adds.
+    The first layer is a sum, W_x x + W_t f + W_s g + b, so the sampler computes W_s g once a state and W_t f + b once a
+    step (the embeddings), not for every particle at every step: 36% fewer multiply-adds.
     """
 
     action_dim: int
@@ -140,57 +152,39 @@ class Actor(nn.Module):
     dot: Any = jax.lax.dot_general  # that of the hidden layers
 
     def setup(self):
-        dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
+        width = self.hidden_dim
         self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
-        self.time_layers = [dense(TIME_DIM), dense(TIME_DIM)]
-        self.state_layers = [dense(STATE_DIM), dense(STATE_DIM)]
-        self.kernel_in = self.param("kernel_in", ORTHOGONAL, (self.action_dim + TIME_DIM + STATE_DIM, self.hidden_dim))
-        self.bias_in = self.param("bias_in", nn.initializers.zeros, (self.hidden_dim,))
-        self.hidden_layers = [dense(self.hidden_dim, dot_general=self.dot) for _ in range(2)]
-        self.output_layer = dense(self.action_dim)
+        self.embed_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish, Dense(width)])
+        self.embed_obs = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish, Dense(width, use_bias=False)])
+        self.embed_x, hidden = Dense(width, use_bias=False), partial(Dense, width, dot_general=self.dot)
+        self.layers = nn.Sequential([mish, hidden(), mish, hidden(), mish, Dense(self.action_dim)])
 
     def embed_time(self, t):
         """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned Fourier features and two layers."""
         angles = 2 * jnp.pi * t * self.frequencies
-        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        for layer in self.time_layers:
-            features = mish(layer(features))
-        return features @ self.kernel_in[self.action_dim : -STATE_DIM] + self.bias_in
-
-    def embed_obs(self, obs):
-        """W_s g(s) (..., hidden_dim) at observations (..., obs_dim); g: two layers."""
-        for layer in self.state_layers:
-            obs = mish(layer(obs))
-        return obs @ self.kernel_in[-STATE_DIM:]
+        return self.embed_features(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
     def denoise(self, x, time_embedding, obs_embedding):
         """eps_hat (..., d) at x (..., d); the embeddings broadcast over the leading axes."""
-        h = mish(x @ self.kernel_in[: self.action_dim] + (time_embedding + obs_embedding))
-        h = h.reshape(-1, self.hidden_dim)  # XLA's CPU products of more than two axes have slow gradients
-        for layer in self.hidden_layers:
-            h = mish(layer(h))
-        return self.output_layer(h).reshape(x.shape)
+        h = self.embed_x(x) + (time_embedding + obs_embedding)
+        return self.layers(h.reshape(-1, self.hidden_dim)).reshape(x.shape)  # 3-axis products: slow gradients on CPUs
 
     def __call__(self, x, t, obs):
         return self.denoise(x, self.embed_time(t), self.embed_obs(obs))
 
 
 class Critic(nn.Module):
-    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), which broadcast."""
+    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), that broadcast; TwinCritic: two."""
 
     hidden_dim: int = 256
 
     @nn.compact
     def __call__(self, obs, actions):
-        dense, obs_dim = partial(nn.Dense, kernel_init=ORTHOGONAL), obs.shape[-1]
-        kernel = self.param("kernel_in", ORTHOGONAL, (obs_dim + actions.shape[-1], self.hidden_dim))
-        bias = self.param("bias_in", nn.initializers.zeros, (self.hidden_dim,))
-        h = nn.relu(actions @ kernel[obs_dim:] + (obs @ kernel[:obs_dim] + bias))  # the state's part once a state
-        shape, h = h.shape[:-1], h.reshape(-1, self.hidden_dim)
-        return dense(1)(nn.relu(dense(self.hidden_dim)(h))).reshape(shape)
+        h = Dense(self.hidden_dim)(obs) + Dense(self.hidden_dim, use_bias=False)(actions)  # of [s, a]; once a state
+        layers = nn.Sequential([nn.relu, Dense(self.hidden_dim), nn.relu, Dense(1)])
+        return layers(h.reshape(-1, self.hidden_dim)).reshape(h.shape[:-1])
 
 
-# Two critics in one batched network: parameters and outputs have a leading axis of 2.
 TwinCritic = nn.vmap(Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True})
 
 
@@ -222,7 +216,7 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
     x_0_weight, x_weight = alpha[:-1] * beta / sigma[1:] ** 2, a * sigma[:-1] ** 2 / sigma[1:] ** 2
     noise_std = jnp.sqrt(beta).at[0].set(0.0)  # no noise in the last step
     time_embeddings = actor.apply(params, grid[1:, None], method="embed_time")  # (T, hidden_dim)
-    obs_embedding = actor.apply(params, obs[:, None], method="embed_obs")  # (B, 1, hidden_dim)
+    obs_embedding = actor.apply(params, obs[:, None], method=lambda actor, obs: actor.embed_obs(obs))  # (B, 1, .)
 
     def denoising_step(x, step):
         alpha, sigma, x_0_weight, x_weight, noise_std, time_embedding, key = step
@@ -273,7 +267,10 @@ class ReplayBuffer(NamedTuple):
 
 
 def create_buffer(capacity: int, obs_dim: int, action_dim: int) -> ReplayBuffer:
-    """An empty buffer; it takes 4 capacity (2 obs_dim + action_dim + 2) bytes."""
+    """An empty buffer; exits with one line if it would take more than 0.9 of the device's memory."""
+    stats = jax.devices()[0].memory_stats() or {"bytes_limit": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    if capacity > (fitting := int(0.9 * stats["bytes_limit"]) // (4 * (2 * obs_dim + action_dim + 2))):
+        raise SystemExit(f"--buffer-size must be at most {fitting} to fit in the device's memory, got {capacity}")
     storage = Transition(*(jnp.zeros((capacity, *shape)) for shape in ((obs_dim,), (action_dim,), (), (obs_dim,), ())))
     return ReplayBuffer(storage, jnp.zeros((), jnp.int32))
 
@@ -332,8 +329,7 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
 
 def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float) -> tuple[jax.Array, jax.Array]:
     """lambda (kappa - KL(w || uniform)) (equation 23) and the KL, averaged over states; weights (B, N)."""
-    p = jnp.maximum(weights, 1e-6)  # with negative weights the budget kappa bounds the positive part
-    p = p / p.sum(axis=-1, keepdims=True)
+    p = (p := jnp.maximum(weights, 1e-6)) / p.sum(axis=-1, keepdims=True)  # of negative weights the positive part
     kl = math.log(weights.shape[-1]) + jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
     return jnp.exp(log_lambda) * (target_kl - kl), kl
 
@@ -341,41 +337,33 @@ def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float
 def update(agent: Agent, batch: Transition, key: jax.Array, args: Args) -> tuple[Agent, dict]:
     """One gradient step of critics, actor and temperature on B transitions, and the scalars to log. Pure."""
     actor, critic, params, slow_params = agent.actor, agent.critic, agent.params, agent.slow_params
-    next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
-    num_steps, pi_old = args.diffusion_steps, actor.clone(dot=bfloat16_dot)  # 30% off an update's time on the CPU
+    next_key, old_key, noise_key, loss_key = jax.random.split(key, 4)
+    n, num_steps = args.num_particles, args.diffusion_steps
     # TD targets: y = r + gamma (1 - terminated) min_j Q_target_j(s', a'), a' from the current policy.
     next_actions = sample_actions(actor, params["actor"], batch.next_obs, next_key, args.td_best_of, num_steps)
     next_q = critic.apply(slow_params["critic"], batch.next_obs[:, None], next_actions).min(axis=0).max(axis=-1)
     targets = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-    # Algorithm 1: N particles from pi_old plus noise, which drowns the rounding of bfloat16, weighted by the critics'
-    # mean. All other samples, for acting and for the targets, are drawn in float32.
-    particles = sample_actions(pi_old, slow_params["actor"], batch.obs, particle_key, args.num_particles, num_steps)
+    # Algorithm 1: N particles from pi_old plus noise, which drowns the rounding of bfloat16 (30% off a CPU's update).
+    particles = sample_actions(actor.clone(dot=bfloat16_dot), slow_params["actor"], batch.obs, old_key, n, num_steps)
     particles += args.additive_noise * jax.random.normal(noise_key, particles.shape)  # (B, N, d)
     q_values = critic.apply(params["critic"], batch.obs[:, None], particles).mean(axis=0)  # (B, N)
-    weights = compute_weights(q_values, jnp.exp(params["log_lambda"]), args)
+    weights = compute_weights(q_values, temp := jnp.exp(params["log_lambda"]), args)
 
     def loss(params):  # the three losses share no parameters, so one gradient of their sum serves all
         q_loss = critic_loss(params["critic"], critic, batch, targets)
         pi_loss = actor_loss(params["actor"], actor, batch.obs, particles, weights, loss_key, args.loss_clip)
         lambda_loss, kl = temperature_loss(params["log_lambda"], weights, args.target_kl)
-        return q_loss + pi_loss + lambda_loss, {
-            "losses/critic_loss": q_loss,
-            "losses/actor_loss": pi_loss,
-            "losses/temperature_loss": lambda_loss,
-            "losses/q_values": q_values.mean(),
-            "charts/temperature": jnp.exp(params["log_lambda"]),
-            "charts/kl": kl,
-            "charts/weights_negative_share": jnp.mean(weights < 0),
-            "charts/particles_std": particles.std(axis=1).mean(),
-        }
+        metrics = {"losses/critic_loss": q_loss, "losses/actor_loss": pi_loss, "losses/temperature_loss": lambda_loss}
+        metrics |= {"losses/q_values": q_values.mean(), "charts/temperature": temp, "charts/kl": kl}
+        metrics |= {"charts/weights_min": n * weights.min(), "charts/weights_negative_share": jnp.mean(weights < 0)}
+        return q_loss + pi_loss + lambda_loss, metrics | {"charts/particles_std": particles.std(axis=1).mean()}
 
     grads, metrics = jax.grad(loss, has_aux=True)(params)
     updates, opt_state = agent.optimizer.update(grads, agent.opt_state)
     params, num_updates = optax.apply_updates(params, updates), agent.num_updates + 1
-    slow_params = {
-        "actor": optax.periodic_update(params["actor"], slow_params["actor"], num_updates, args.old_policy_interval),
-        "critic": optax.incremental_update(params["critic"], slow_params["critic"], args.tau),
-    }
+    old = optax.periodic_update(params["actor"], slow_params["actor"], num_updates, args.old_policy_interval)
+    slow_params = {"actor": old, "critic": optax.incremental_update(params["critic"], slow_params["critic"], args.tau)}
+    metrics["charts/params_norm"] = optax.tree.norm(params)  # not finite where any parameter is not
     return agent.replace(params=params, slow_params=slow_params, opt_state=opt_state, num_updates=num_updates), metrics
 
 
@@ -418,65 +406,139 @@ def evaluate(agent: Agent, envs: list[gym.Env], seed: int, args: Args) -> dict[s
     return {f"eval/episodic_{name}": value for name, value in scores.items()}
 
 
+# ================================================== CHECKPOINTS ==================================================
+def require_finite(manager: ocp.CheckpointManager, step: int, **values) -> None:
+    """Exit with one line if a value is not finite, before it reaches environment, buffer, log or checkpoint."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+        manager.close()  # waits for a checkpoint that is being written
+        raise SystemExit(f"stopped at step {step}: non-finite {', '.join(bad)}; saved: step {manager.latest_step()}")
+
+
+def load_checkpoint(args: Args) -> dict:
+    """The state in the newest checkpoint of the run `args.resume`; exits with one line if it cannot be used."""
+    folder = pathlib.Path(args.resume, "checkpoints").absolute()
+    *older, step = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) or ["*"]
+    try:
+        state = cloudpickle.loads(zlib.decompress(ocp.StandardCheckpointer().restore(folder / f"{step}/default")[0]))
+        if state["script"] != pathlib.Path(__file__).stem or args != Args(resume=args.resume):
+            raise ValueError(f"a run of {state['script']}.py, which keeps its script and its flags")
+    except Exception as error:  # of any kind: the file may hold anything
+        reason = f"{' '.join(str(error).split())}; older ones (remove this one to use them): {older}"
+        raise SystemExit(f"--resume cannot use {folder}/{step}: {reason}") from None
+    return state | {"args": Args(**state["args"] | {"resume": args.resume})}
+
+
 # ===================================================== MAIN ======================================================
-def main(args: Args) -> Agent:
-    """Train an agent, log to runs/{run} and return it."""
-    args = check_args(args)
-    run = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+def main(args: Args, signals: list[int] | tuple = ()) -> Agent:
+    """Train an agent, log to runs/{run} and return it; a number put into `signals` ends the run after the step."""
+    saved = load_checkpoint(args) if args.resume else {"args": check_args(args), "step": 0}
+    args, first = saved["args"], saved["step"]
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run = pathlib.Path(args.resume or f"runs/{name}")
     same_step = gym.vector.AutoresetMode.SAME_STEP  # the default would add a fake transition after each episode
     envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    video_folders = [f"{run}/videos" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
+    video_folders = [f"{run}/videos/{first}" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
     eval_envs = [make_env(args.env_id, folder) for folder in video_folders if args.eval_frequency]
-    if args.track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run}
-        importlib.import_module("wandb").init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
     dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
     agent, buffer = create_agent(args, *dims, init_key), create_buffer(args.buffer_size, *dims)
     insert = jax.jit(add_transitions, donate_argnames="buffer")
     envs.action_space.seed(args.seed)
-    obs = envs.reset(seed=args.seed)[0].astype(np.float32)  # MuJoCo's are float64: cast once
-    transitions, start = None, None
-    with SummaryWriter(run) as writer:
-        rows = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
-        print(f"{args.env_id} on {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
-        for step in range(0, args.total_timesteps, args.num_envs):
-            done, scalars = step + args.num_envs, {}  # done: environment steps once this one has been made
-            # The device's calls return at once: it acts, then makes the update while the environments step.
-            if learning := step >= args.learning_starts:
-                actions = act(agent, obs, act_key, step, args.act_best_of, args.diffusion_steps)
-                agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, step, args)
-            else:
-                actions = envs.action_space.sample()
-                buffer = insert(buffer, transitions) if transitions else buffer
-            next_obs, rewards, terminations, truncations, infos = envs.step(np.asarray(actions))
-            last_obs = next_obs.astype(np.float32)
-            for i in np.flatnonzero(terminations | truncations):
-                last_obs[i] = infos["final_obs"][i]  # next_obs[i] is the first of the next episode
-                for tag, name in (("charts/episodic_return", "r"), ("charts/episodic_length", "l")):
-                    writer.add_scalar(tag, infos["final_info"]["episode"][name][i], step + i + 1)
-            transitions = Transition(obs, actions, np.float32(rewards), last_obs, np.float32(terminations))
-            obs = next_obs.astype(np.float32)
-            if learning and start is None:  # SPS leaves out the random steps and compiling
-                jax.block_until_ready(agent)
-                start, start_step = time.perf_counter(), done
-            elif learning and done // 100 > step // 100:  # only here device values are read, and waited for
-                scalars = jax.device_get(metrics)
-                scalars["charts/SPS"] = (done - start_step) / (time.perf_counter() - start)
-            if learning and args.eval_frequency and done // args.eval_frequency > step // args.eval_frequency:
-                pause = time.perf_counter()
+    obs = envs.reset(seed=args.seed + first)[0].astype(np.float32)  # MuJoCo's are float64: cast once
+    transitions, clock, learn_from = None, None, args.learning_starts
+    if args.resume:
+        (leaves, structure), loaded = jax.tree.flatten((agent, buffer)), saved["leaves"]
+        if [x.shape for x in loaded] != [x.shape for x in leaves[: len(loaded)]]:
+            raise SystemExit(f"--resume {run}: its networks have other sizes than this script's")
+        leaves[: len(loaded)] = [old.delete() or jnp.array(new) for old, new in zip(leaves, loaded, strict=False)]
+        agent, buffer = jax.tree.unflatten(structure, leaves)
+        learn_from += first * (len(loaded) < len(leaves))  # --no-checkpoint-buffer: a new one is filled first
+        transitions = Transition(*saved["last"])
+        envs, obs = cloudpickle.loads(saved["envs"]) if "envs" in saved else (envs, obs)
+        if "envs" not in saved:
+            print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(_lock := open(run / "lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)  # noqa: SIM115 (freed at the end)
+        for path in run.glob("events*"):
+            os.truncate(path, saved["log_sizes"].get(path.name, 0))  # what came after the checkpoint comes again
+        log = tb.EventsWriter(f"{run}/events", f".{first}")
+    except OSError as error:
+        raise SystemExit(f"{run} cannot be written, or another process is writing it: {error}") from None
+    if not args.resume:
+        table = "\n".join(["|flag|value|", "|-|-|", *(f"|{flag}|{value}|" for flag, value in asdict(args).items())])
+        log.write_event(tb.event_pb2.Event(wall_time=time.time(), summary=summary.text("hyperparameters", table)))
+    if args.track:
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run.name, "id": run.name}
+        wandb = importlib.import_module("wandb").init(**names, config=asdict(args), save_code=True, resume="allow")
+    print(f"{args.env_id} on {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
+    manager = ocp.CheckpointManager(run.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    for step in range(first, args.total_timesteps, args.num_envs):
+        done, records = step + args.num_envs, []  # done: environment steps once this one has been made
+        is_due = [n and done // n > step // n for n in (100, args.eval_frequency, args.checkpoint_frequency)]
+        is_last = bool(stop := list(signals)) or done >= args.total_timesteps
+        # The device's calls return at once: it acts, then makes the update while the environments step.
+        if step >= args.learning_starts:
+            actions = act(agent, obs, act_key, step, args.act_best_of, args.diffusion_steps)
+        else:
+            actions = envs.action_space.sample()
+        if learning := step >= learn_from:
+            agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, step, args)
+        elif transitions:
+            buffer = insert(buffer, transitions)
+        require_finite(manager, done, actions=(actions := np.asarray(actions)))
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        last_obs = next_obs.astype(np.float32)
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]  # next_obs[i] is the first of the next episode
+            final = infos["final_info"]
+            charts = {"episodic_return": final["episode"]["r"], "episodic_length": final["episode"]["l"]}
+            charts |= final.get("charts", {})  # scalars of the environment's own, and gymnasium's masks, _{name}
+            records += [(step + i + 1, f"charts/{tag}", charts[tag][i]) for tag in charts if tag[0] != "_"]
+        transitions = Transition(obs, actions, np.float32(rewards), last_obs, np.float32(terminations))
+        obs = next_obs.astype(np.float32)
+        require_finite(manager, done, observations=(last_obs, obs), rewards=transitions.rewards)
+        if learning and (any(is_due) or is_last):  # only here device values are read, and waited for
+            require_finite(manager, done, **(scalars := jax.device_get(metrics)))
+            if clock:  # SPS leaves out the random steps, compiling and evaluation
+                scalars["charts/SPS"] = (done - clock[0]) / (time.perf_counter() - clock[1])
+            if is_due[1]:
                 scalars |= evaluate(agent, eval_envs, args.seed + 1_000_003 * done, args)
                 print(f"step {done}: evaluation {scalars['eval/episodic_return']:.1f}", flush=True)
-                start += time.perf_counter() - pause  # SPS is that of training
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, done)
-        if args.save_model:
-            pathlib.Path(run, f"{args.exp_name}.model").write_bytes(serialization.to_bytes(agent.params))
+            require_finite(manager, done, **scalars)
+            records += [(done, tag, value) for tag, value in scalars.items() if any(is_due[:2])]
+            clock = done, time.perf_counter()
+        try:
+            for at, tag, value in records:
+                log.write_event(tb.event_pb2.Event(wall_time=time.time(), step=at, summary=summary.scalar(tag, value)))
+                if args.track:
+                    wandb.log({tag: value, "global_step": at})
+            if any(is_due) or is_last:
+                log.flush()
+            if args.checkpoint_frequency and (is_due[2] or is_last):
+                state = {"script": pathlib.Path(__file__).stem, "args": asdict(args), "step": done}
+                state |= {"last": (*transitions,), "log_sizes": {p.name: p.stat().st_size for p in run.glob("events*")}}
+                state["leaves"] = jax.device_get(jax.tree.leaves((agent, buffer) if args.checkpoint_buffer else agent))
+                with contextlib.suppress(Exception):  # an environment may hold what cannot be pickled
+                    state["envs"] = cloudpickle.dumps((envs, obs))
+                array = np.frombuffer(zlib.compress(cloudpickle.dumps(state), 0), np.uint8)  # Orbax has no checksum
+                if not manager.all_steps():
+                    print(f"step {done}: checkpoints take {len(array) / 1e6:.1f} MB, two of them are kept", flush=True)
+                manager.save(done, args=ocp.args.StandardSave([array]))
+            (manager.close if is_last else manager.check_for_errors)()
+        except (OSError, ValueError) as error:  # a full disk, for one; Orbax raises the latter
+            raise SystemExit(f"stopped at step {done}: {error}; earlier checkpoints are kept") from None
+        if stop:
+            raise SystemExit(128 + stop[0])
+    if args.save_model:
+        (run / f"{args.exp_name}.model").write_bytes(serialization.to_bytes(agent.params))
     for env in (envs, *eval_envs):
         env.close()
     return agent
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    received = []  # the first signal ends the run after its step, a second one ends it at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number) if received else received.append(number))
+    main(tyro.cli(Args), received)

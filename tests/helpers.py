@@ -47,13 +47,18 @@ def actor(params, x, t, obs):
     x, t, obs = (np.asarray(v, np.float64) for v in (x, t, obs))
     angles = 2 * np.pi * t * p["frequencies"]
     f = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    f = mish(dense(p["time_layers_1"], mish(dense(p["time_layers_0"], f))))
-    g = mish(dense(p["state_layers_1"], mish(dense(p["state_layers_0"], obs))))
-    leading = np.broadcast_shapes(x.shape[:-1], f.shape[:-1], g.shape[:-1])
-    h = np.concatenate([np.broadcast_to(v, (*leading, v.shape[-1])) for v in (x, f, g)], axis=-1)
-    h = mish(h @ p["kernel_in"] + p["bias_in"])
-    h = mish(dense(p["hidden_layers_1"], mish(dense(p["hidden_layers_0"], h))))
-    return dense(p["output_layer"], h)
+
+    def features(layers, v):
+        return mish(dense(layers["layers_2"], mish(dense(layers["layers_0"], v))))
+
+    v = [x, features(p["embed_features"], f), features(p["embed_obs"], obs)]
+    leading = np.broadcast_shapes(*(part.shape[:-1] for part in v))
+    inputs = np.concatenate([np.broadcast_to(part, (*leading, part.shape[-1])) for part in v], axis=-1)
+    kernels = p["embed_x"], p["embed_features"]["layers_4"], p["embed_obs"]["layers_4"]
+    h = mish(inputs @ np.concatenate([part["kernel"] for part in kernels]) + p["embed_features"]["layers_4"]["bias"])
+    for name in ("layers_1", "layers_3"):
+        h = mish(dense(p["layers"][name], h))
+    return dense(p["layers"]["layers_5"], h)
 
 
 def critics(params, obs, actions):
@@ -63,8 +68,9 @@ def critics(params, obs, actions):
     inputs = np.concatenate([np.broadcast_to(v, (*leading, v.shape[-1])) for v in (obs, actions)], axis=-1)
     q_values = []
     for j in range(2):
-        h = np.maximum(inputs @ p["kernel_in"][j] + p["bias_in"][j], 0)
-        output, hidden = (jax.tree.map(lambda v, j=j: v[j], p[name]) for name in ("Dense_0", "Dense_1"))
+        of_obs, of_actions, hidden, output = (jax.tree.map(lambda v, j=j: v[j], p[f"Dense_{i}"]) for i in range(4))
+        kernel = np.concatenate([of_obs["kernel"], of_actions["kernel"]])
+        h = np.maximum(inputs @ kernel + of_obs["bias"], 0)
         q_values.append(dense(output, np.maximum(dense(hidden, h), 0))[..., 0])
     return np.stack(q_values)
 

@@ -4,8 +4,7 @@ from collections import deque
 
 import jax
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy import stats
 
 import gempo_neg as gempo

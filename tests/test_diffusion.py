@@ -181,7 +181,7 @@ def test_every_layer_starts_orthogonal_with_gain_sqrt_2_and_zero_bias():
             assert leaf.shape == (32,) and leaf.std() == pytest.approx(0.2, abs=0.1)  # 4 standard errors of 32 draws
         else:
             (kernels if "kernel" in name else biases).extend(leaf if is_critic else [leaf])
-    assert len(kernels) == len(biases) == 8 + 2 * 3
+    assert len(kernels) == 10 + 2 * 4 and len(biases) == 8 + 2 * 3  # first layers are sums, with one bias
     assert all((bias == 0).all() for bias in biases)
     for kernel in kernels:
         gram = kernel.T @ kernel if kernel.shape[0] >= kernel.shape[1] else kernel @ kernel.T

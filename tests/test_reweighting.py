@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SCRIPTS, kl_to_uniform, root_finder_weights
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 ELLS = (0.0, -0.05, -0.3, -1.0, -5.0)
 VARIANTS = [("exp",), ("linear",), ("square",), *(("neg", ell) for ell in ELLS)]

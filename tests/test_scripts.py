@@ -46,7 +46,7 @@ def without_fields(text, names):
 
 # --------------------------------------------------- the files ---------------------------------------------------
 def test_sections_are_in_the_order_of_the_method():
-    expected = "ARGUMENTS ENVIRONMENT NETWORKS DIFFUSION REWEIGHTING REPLAY BUFFER LEARNING EVALUATION MAIN"
+    expected = "ARGUMENTS ENVIRONMENT NETWORKS DIFFUSION REWEIGHTING REPLAY BUFFER LEARNING EVALUATION CHECKPOINTS MAIN"
     for source in SOURCES.values():
         assert " ".join(BANNER.findall(source)) == expected
 
@@ -94,7 +94,7 @@ def test_inline_metadata_names_what_the_script_imports_as_pyproject_does(name):
     packages, ours = ({re.match(r"[\w-]+", d)[0] for d in m["dependencies"]} for m in (project, metadata))
     third_party = imported(SOURCES[name]) - set(sys.stdlib_module_names)
     assert ours <= packages
-    assert third_party <= ours | {"numpy"}  # NumPy comes with JAX
+    assert third_party <= ours | {"cloudpickle", "numpy", "orbax"}  # these come with gymnasium, JAX and Flax
 
 
 def test_importing_a_script_writes_nothing_prints_nothing_and_computes_nothing(tmp_path):
@@ -166,9 +166,10 @@ def test_a_script_runs_alone_and_logs_finite_scalars(alone, name):
     assert re.fullmatch(rf"InvertedPendulum-v5__gempo_{name}__1__\d+", run.name)
     scalars = read_scalars(folder)
     losses = ("critic_loss", "actor_loss", "temperature_loss", "q_values")
-    charts = ("SPS", "temperature", "kl", "weights_negative_share", "particles_std")
+    charts = ("temperature", "kl", "weights_min", "weights_negative_share", "particles_std", "params_norm")
     for tag in [f"losses/{loss}" for loss in losses] + [f"charts/{chart}" for chart in charts]:
-        assert [step for step, _ in scalars[tag]] == [100], tag
+        assert [step for step, _ in scalars[tag]] == [80, 100, 120], tag
+    assert [step for step, _ in scalars["charts/SPS"]] == [100, 120]
     for tag in ("eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"):
         assert [step for step, _ in scalars[tag]] == [80, 120], tag
     assert len(scalars["charts/episodic_return"]) == len(scalars["charts/episodic_length"]) > 2
@@ -210,6 +211,18 @@ def test_every_episode_of_every_environment_is_logged_at_its_step(tmp_path, monk
     ends = [(3 * (4 * episode + 3) + i + 1, i) for episode in range(4) for i in range(3)]
     assert scalars["charts/episodic_return"] == [(step, 4 * (first + i)) for step, i in ends]
     assert scalars["charts/episodic_length"] == [(step, 4) for step, _ in ends]
+
+
+def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, first = SCRIPTS["linear"], next(probe_envs.Probe.counter) + 1
+    flags = dict(env_id="OwnCharts-v0", num_envs=3, total_timesteps=48, learning_starts=47, eval_frequency=0)
+    script.main(script.Args(**TINY | flags))
+    scalars = read_scalars(tmp_path)
+    ends = [(3 * (4 * episode + 3) + i + 1, i) for episode in range(4) for i in range(3)]  # as in the test above
+    assert scalars["charts/number"] == [(step, first + i) for step, i in ends]
+    assert scalars["charts/episodic_return"] == [(step, 4 * (first + i)) for step, i in ends]
+    assert not [tag for tag in scalars if tag.startswith("charts/_")]
 
 
 def test_evaluation_depends_on_agent_and_seed_alone_and_plays_whole_episodes(in_process):
@@ -261,7 +274,7 @@ def test_defaults_are_those_of_the_paper(name):
 NAN, INF = float("nan"), float("inf")
 COUNTS = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "updates_per_step", "hidden_dim", "num_particles")
 COUNTS += ("diffusion_steps", "old_policy_interval", "act_best_of", "td_best_of", "eval_best_of", "eval_episodes")
-NATURALS = ("seed", "learning_starts", "eval_frequency")
+NATURALS = ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency")
 POSITIVES = ("policy_lr", "q_lr", "temperature_lr", "target_kl", "loss_clip", "reward_scale")
 BAD = [(flag, value) for flag in COUNTS for value in (0, -1)]
 BAD += [(flag, -1) for flag in NATURALS]
