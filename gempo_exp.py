@@ -76,7 +76,7 @@ class Args:
     hidden_dim: Count = 256  # width of the hidden layers of actor and critics
     num_particles: Count = 64  # actions drawn from pi_old at each state of the batch (N)
     diffusion_steps: Count = 20  # denoising steps of the sampler (T)
-    additive_noise: Annotated[float, "finite, at least 0", lambda v: 0 <= v < math.inf] = 0.2  # std, added to actions
+    additive_noise: Annotated[float, "finite, at least 0", lambda v: 0 <= v < math.inf] = 0.2  # noise added to actions
     target_kl: Positive | None = None  # KL budget of the weights in nats (kappa), below log N; None: the paper's
     old_policy_interval: Count = 1_000  # updates between two hard copies of the actor to pi_old
     loss_clip: Positive = 5.0  # upper limit of an element's squared error in the actor's loss; bounds negative weights

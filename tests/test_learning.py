@@ -40,7 +40,7 @@ def adam_steps(agent, updated):
 def test_update_computes_the_losses_of_a_plain_float64_version(name):
     script, agent, batch, key = SCRIPTS[name], make_agent(name), make_batch(), jax.random.key(7)
     args = script.Args(**FLAGS)
-    _, metrics = jax.jit(partial(script.update, args=args))(agent, batch, key)
+    updated, metrics = jax.jit(partial(script.update, args=args))(agent, batch, key)
 
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
     sample = jax.jit(script.sample_actions, static_argnums=(0, 4, 5))
@@ -69,8 +69,12 @@ def test_update_computes_the_losses_of_a_plain_float64_version(name):
         "losses/q_values": q_values.mean(),
         "charts/temperature": np.exp(-0.5),
         "charts/kl": kl,
+        "charts/weights_min": 16 * weights.min(),
         "charts/weights_negative_share": np.mean(weights < 0),
         "charts/particles_std": particles.std(axis=1).mean(),
+        "charts/params_norm": np.sqrt(
+            sum((leaf**2).sum() for leaf in jax.tree.leaves(helpers.float64(updated.params)))
+        ),
     }
     assert metrics.keys() == expected.keys()
     for tag, value in expected.items():  # float32 through networks of gain sqrt(2): about 1e-5
