@@ -3,17 +3,15 @@
     python benchmark/plot.py runs/sweep --to-csv benchmark/results/hopper.csv --device "RTX 5090"
     python benchmark/plot.py benchmark/results/quick_start.csv --figures benchmark/results/quick_start
 
-It prints two tables in Markdown, of the mean of the last 10 evaluations: in the paper's form, mean and standard error over
-seeds and the average over tasks in percent of SAC; and the interquartile mean with a 95% interval by bootstrap. With
---figures it draws a picture for each environment: the interquartile mean over seeds and its interval at every step.
+It prints two tables in Markdown, of the mean of the last 10 evaluations: in the paper's form, mean and standard error
+over seeds and the average over tasks in percent of SAC; and the interquartile mean with a 95% interval by bootstrap.
+With --figures it draws a picture for each environment: interquartile mean over seeds and its interval at every step.
 
-A variant is a script with its flags, and is named after the flags that not all runs of an environment have. A curve ends
-where its shortest run does. The normalization is that of Table 2 of the paper (arXiv 2603.10250): SAC's returns there.
+A variant is a script with its flags, and is named after the flags that not all runs of an environment have. A curve
+ends where its shortest run does. SAC's returns are those of Table 2 of the paper (arXiv 2603.10250).
 """
 
-import ast
 import csv
-import json
 import pathlib
 import re
 import shlex
@@ -98,7 +96,7 @@ def flags_from(hyperparameters: dict[str, str], script: str) -> str:
 
 
 def read_folder(folder: pathlib.Path, args: Args) -> list[Evaluation]:
-    """All evaluations below a folder: of the runs of every sweep (index.jsonl), and of all other TensorBoard folders."""
+    """All evaluations below a folder: of the runs of every sweep (index.jsonl) and of all other TensorBoard folders."""
     indexed = {}  # TensorBoard folder: what the index says
     for index in folder.rglob("index.jsonl"):
         for entry in read_index(index).values():
@@ -330,11 +328,10 @@ def main(args: Args) -> None:
                 draw(env_id, variants, variant_names(curves), args).savefig(args.figures / f"{name}.png", dpi=100)
     except OSError as error:
         raise SystemExit(f"--to-csv and --figures must be places that can be written: {error}") from None
-    print(
-        f"Mean of the last {args.last} evaluations ± standard error (seeds):\n\n{paper_table(curves, args.last, args.paper)}"
-    )
-    interval = f"{100 * args.confidence:g}% interval"
-    print(f"\nInterquartile mean of the same [{interval}]:\n\n{interval_table(curves, args)}")
+    print(f"Mean of the last {args.last} evaluations ± standard error (seeds):\n")
+    print(paper_table(curves, args.last, args.paper))
+    print(f"\nInterquartile mean of the same [{100 * args.confidence:g}% interval]:\n")
+    print(interval_table(curves, args))
 
 
 if __name__ == "__main__":
