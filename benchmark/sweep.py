@@ -12,7 +12,7 @@ the scripts have goes to those alone. Every run has a folder in --output-path, n
 and `index.jsonl` there gets a line whenever a run starts or ends; a run is finished once its process exits with 0.
 Started again, the same command skips finished runs, resumes the others from their newest checkpoint, and leaves
 failed ones (any other exit, as on divergence, which would happen again) unless --retry-failed is given. A run whose
-process or machine is lost is started again at once. Ctrl-C and SIGTERM let the runs write a checkpoint. On a cluster,
+process or machine is lost waits for its turn again. Ctrl-C and SIGTERM let the runs write a checkpoint. On a cluster,
 --output-path and this folder have to be at the same place on every machine.
 """
 
@@ -214,14 +214,18 @@ def describe_machine() -> str:
     return f"{lines[0].partition(':')[2].strip() if lines else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
 
 
-def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float) -> int:
-    """Train `run` in `folder`, from its newest checkpoint if there is one, and return the exit code (as `Popen` does).
+def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float) -> int | None:
+    """Train `run` in `folder`, from its newest checkpoint if there is one; the exit code (as that of Popen).
 
-    Runs in a Ray worker. Interrupted, it lets the script write a checkpoint first.
+    Runs in a Ray worker. Once the file `stop` lies beside `folder`, a new run does not begin (None), and one in
+    progress is told to write a checkpoint and to end.
     """
+    stop = folder.parent / "stop"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, open(folder / "log.txt", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the training process inherits it: two never train in one folder
+        if stop.exists():
+            return None
         if resumed := newest_checkpoint(folder):
             words = ["--resume", resumed]
         else:
@@ -231,19 +235,23 @@ def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float) -> int:
         log.flush()
         command = [sys.executable, "-c", LAUNCHER, str(os.getpid()), run.script, *words]
         process = subprocess.Popen(
-            command, cwd=folder, env=training_env(cpus, gpus), stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env=training_env(cpus, gpus),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,
+        )
+        while process.poll() is None and not stop.exists():
+            time.sleep(POLL_SECONDS)
+        process.terminate()  # nothing happens if it has ended
         try:
-            while process.poll() is None:  # not wait(): Ray's interrupt does not end a system call
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)  # for its checkpoint
+            return process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
             process.kill()
-            raise
-        return process.returncode
+            return process.wait()
 
 
 # ==================================================== THE SWEEP ====================================================
@@ -294,7 +302,9 @@ class Sweep:
 
     def __init__(self, args: Args, runs: list[Run]):
         self.args, self.runs, self.output = args, runs, args.output_path.resolve()
-        self.index, self.commit = self.output / "index.jsonl", describe_commit()
+        self.index, self.stop = self.output / "index.jsonl", self.output / "stop"
+        self.stop.unlink(missing_ok=True)
+        self.commit = describe_commit()
         self.shared = set.intersection(*(set(run.flags) for run in runs))
         self.restarts, self.began, self.log_sizes = dict.fromkeys(runs, 0), {}, {}
         earlier, ended = read_index(self.index), ("finished",) if args.retry_failed else ("finished", "failed")
@@ -353,14 +363,13 @@ class Sweep:
         for column in ("script", "environment", "seed", "flags", "state"):
             table.add_column(column, overflow="fold")
         table.add_column("last line", ratio=1, no_wrap=True)
-        for run in sorted((run for run in self.runs if self.states[run] in states), key=self.order(states)):
+        for run in sorted(
+            (run for run in self.runs if self.states[run] in states), key=lambda run: states.index(self.states[run])
+        ):
             again = f", started again {self.restarts[run]} times" if self.restarts[run] else ""
             cells = (run.name, run.env_id, str(run.seed), self.own_flags(run), self.states[run] + again)
             table.add_row(*cells, " ".join(tail(self.log(run))))
         return table
-
-    def order(self, states: tuple[str, ...]):
-        return lambda run: states.index(self.states[run])
 
 
 def start_ray(args: Args):
@@ -404,6 +413,17 @@ def run_all(ray, sweep: Sweep) -> None:
             if sweep.states[run] == "waiting" and sweep.log_size(run) > sweep.log_sizes[run]:
                 sweep.note(run, "running")
 
+    def result(ref):
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # of `train` itself, as on a full disk
+            sweep.log(refs[ref]).parent.mkdir(parents=True, exist_ok=True)
+            with open(sweep.log(refs[ref]), "a") as log:
+                log.write(f"{error}\n")
+            return 1
+        except ray.exceptions.RayError:  # the worker or its machine is gone
+            return None
+
     try:
         for run in sweep.runs:
             if sweep.states[run] == "waiting":
@@ -412,23 +432,14 @@ def run_all(ray, sweep: Sweep) -> None:
             ready, _ = ray.wait(list(refs), timeout=1)
             note_begun(refs.values())
             for ref in ready:
-                run, code = refs.pop(ref), None
-                try:
-                    code = ray.get(ref)
-                except ray.exceptions.RayTaskError as error:  # of `train` itself, as on a full disk
-                    sweep.log(run).parent.mkdir(parents=True, exist_ok=True)
-                    with open(sweep.log(run), "a") as log:
-                        log.write(f"{error}\n")
-                    code = 1
-                except ray.exceptions.RayError:  # the worker or its machine is gone
-                    pass
+                code, run = result(ref), refs.pop(ref)
                 if sweep.settle(run, code):
                     submit(run)
     except KeyboardInterrupt:
         print("stopping: the runs write their checkpoints", flush=True)
-        for ref in refs:
-            ray.cancel(ref)
+        sweep.stop.touch()
         ray.wait(list(refs), num_returns=len(refs), timeout=STOP_SECONDS + 30)
+        note_begun(refs.values())
         for run in refs.values():
             if sweep.states[run] == "running":
                 sweep.note(run, "stopped")
