@@ -50,6 +50,8 @@ class RewardLandscape(gym.Wrapper):
     def __init__(self, env: gym.Env, domain: str, landscape: str):
         super().__init__(env)
         self.domain, self.landscape, self.speeds = domain, landscape, []
+        # As dm_control has it, but in float32: gymnasium's rescaling of float64 boxes warns of an overflow.
+        self.action_space = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
 
     def reset(self, *, seed=None, options=None):
         self.speeds = []
