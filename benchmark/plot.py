@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.sweep import read_defaults, read_index  # noqa: E402 (the line above finds it)
+from benchmark.sweep import describe_device, read_defaults, read_index  # noqa: E402 (the line above finds it)
 
 COLUMNS = ("script", "env_id", "seed", "step", "return", "device", "commit", "flags")
 TASKS = ("HalfCheetah-v5", "Humanoid-v5", "Ant-v5", "Walker2d-v5", "Hopper-v5", "Swimmer-v5")
@@ -97,19 +97,20 @@ def flags_from(hyperparameters: dict[str, str], script: str) -> str:
 
 def read_folder(folder: pathlib.Path, args: Args) -> list[Evaluation]:
     """All evaluations below a folder: of the runs of every sweep (index.jsonl) and of all other TensorBoard folders."""
-    indexed = {}  # TensorBoard folder: what the index says
+    indexed = {}  # a run's folder in a sweep: what the index says
     for index in folder.rglob("index.jsonl"):
-        for entry in read_index(index).values():
-            indexed |= {(index.parent / run).resolve(): entry for run in entry["runs"]}
+        indexed |= {(index.parent / name).resolve(): entry for name, entry in read_index(index).items()}
     runs, rows = sorted({path.parent.resolve() for path in folder.rglob("events.out.tfevents.*")}), {}
     for run in sorted(runs, key=lambda run: run.name.rpartition("__")[2]):  # by time: a newer run replaces an older one
         series, hyperparameters = read_events(run, args.tag)
         named = re.fullmatch(r"(.+)__(.+)__(\d+)__\d+", run.name)
-        if not series or not (named or run in indexed):
+        entry = indexed.get(run.parents[1])  # {folder}/runs/{run}
+        if not series or not (named or entry):
             continue
-        if entry := indexed.get(run):
+        if entry:
             key = (entry["script"], entry["env_id"], entry["seed"], entry["flags"])
-            origin = (entry["device"], entry["commit"])
+            device = describe_device(run.parents[1] / "log.txt")  # the index's is of when the run began
+            origin = (entry["device"] if device == "unknown" else device, entry["commit"])
         else:
             env_id, seed = hyperparameters.get("env_id", named[1]), int(named[3])
             key, origin = (named[2], env_id, seed, flags_from(hyperparameters, named[2])), (args.device, args.commit)
@@ -241,7 +242,9 @@ def paper_table(curves: Curves, last: int, with_paper: bool = False) -> str:
     """
     normalized = [env_id for env_id in curves if env_id in SAC]
     head = ["", *(f"{env_id} ({reached(variants, last)})" for env_id, variants in curves.items())]
-    rows = [head + (["% of the paper's SAC"] if normalized else [])]
+    if normalized:
+        head.append(f"% of the paper's SAC ({len(normalized)} task{'s' if len(normalized) > 1 else ''})")
+    rows = [head]
     for name in variant_names(curves):
         finals = {env: final_returns(v[name], last) for env, v in curves.items() if name in v}
         rows.append([name, *(mean_and_error(finals[env]) if env in finals else "" for env in curves)])

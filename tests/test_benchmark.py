@@ -161,6 +161,15 @@ def test_a_diverged_run_fails_once_and_its_last_lines_are_shown(accidents):
     assert text.count("    stopped at step 6: non-finite actions\n") == 4
 
 
+def test_the_device_is_what_the_script_names_else_the_machine(tmp_path):
+    log = tmp_path / "log.txt"
+    assert sweep.describe_device(log) == "unknown"
+    log.write_text(f"# {sweep.describe_machine()}\n$ python a.py\nHopper-v5 on cpu: tensorboard --logdir runs/a\n")
+    assert sweep.describe_device(log) == sweep.describe_machine()
+    log.write_text(log.read_text().replace("on cpu", "on NVIDIA H100 80GB HBM3"))
+    assert sweep.describe_device(log) == "NVIDIA H100 80GB HBM3"
+
+
 def test_a_good_run_runs_once(accidents):
     good = [steps for folder, steps in traces(accidents[0]).items() if "__Good__" in folder]
     assert len(good) == 4
@@ -369,7 +378,7 @@ def test_the_table_is_the_mean_of_the_last_ten_and_its_standard_error():
     rows = evaluations(s1=[9999, 9999, *range(100, 110)], s2=[-9999, *range(200, 210)])  # 104.5 and 204.5
     rows += evaluations("gempo_exp", s1=[200, 400])
     head, body = cells(plot.paper_table(plot.group(rows), 10))
-    assert head == ["", "Hopper-v5 (20 to 120 steps, last 2)", "% of the paper's SAC"]
+    assert head == ["", "Hopper-v5 (20 to 120 steps, last 2)", "% of the paper's SAC (1 task)"]
     assert body["gempo_neg"] == ["154 ± 50 (2)", f"{100 * 154.5 / 2509:.1f}"]  # error: 70.71 / sqrt(2)
     assert body["gempo_exp"] == ["300 (1)", f"{100 * 300 / 2509:.1f}"]
 
@@ -430,7 +439,7 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     write_run(runs / "Hopper-v5__gempo_neg__3__200", [1.0, 2.123456], **flags)
     write_run(tmp_path / "sweep" / "a" / "runs" / "Hopper-v5__gempo_exp__4__100", [5.0], seed=4)
     entry = dict(folder="a", script="gempo_exp", env_id="Hopper-v5", seed=4, flags="--gamma 0.9", device="GPU, 1")
-    entry |= dict(commit="abc", runs=["a/runs/Hopper-v5__gempo_exp__4__100"], state="finished")
+    entry |= dict(commit="abc", state="running")
     (tmp_path / "sweep" / "index.jsonl").write_text(json.dumps(entry) + "\n")
     table = tmp_path / "new" / "results.csv"
     plot.main(plot.Args(paths=(tmp_path,), to_csv=table, device="CPU", commit="def", figures=tmp_path / "figures"))
