@@ -144,6 +144,23 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_resumes_exactly(tmp_path
     assert ours == theirs
 
 
+def test_a_second_signal_ends_the_run_at_once_without_a_checkpoint(tmp_path):
+    process = start(tmp_path, *words(TINY | {"learning_starts": 1}))
+    assert "tensorboard" in process.stdout.readline()
+    time.sleep(0.3)  # it compiles now, for seconds
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # another number, since two equal ones may reach Python as one
+    process.communicate()
+    assert process.returncode in (130, 143) and steps_of(only_run(tmp_path)) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit, match="^runs/.* cannot be written, or another process is writing it: .*$"):
+        SCRIPT.main(SCRIPT.Args(**TINY))
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """A finished run of 200 steps with checkpoints at 100 and 200."""
