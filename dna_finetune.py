@@ -17,12 +17,9 @@ grammar of real motifs whose activity is known exactly, so that true_activity sh
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`; baselines: baselines/dna_guidance.py.
 """
 
-import csv
-import gzip
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -32,7 +29,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -82,7 +78,7 @@ class Args:
     denoiser_checkpoint: str | None = None  # DRAKES checkpoint (PyTorch Lightning) instead of the pretraining
     trust_checkpoint: bool = False  # whether to read one that torch's weights_only refuses; it may run any code
     oracle_dim: Count = 64  # channels of the oracle of the fine-tuning; that of the evaluation has 1.5 times as many
-    oracle_steps: Count = 1_000  # updates of each oracle, 128 sequences each
+    oracle_steps: Count = 1_500  # updates of each oracle, 128 sequences each
     reward: str | None = None  # `module:function`, a list of sequences -> rewards, instead of the first oracle
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # the weights of a group's samples
     ell: Annotated[float, "finite and at most 0", lambda v: -math.inf < v <= 0] = -0.3  # floor of neg
@@ -161,52 +157,9 @@ def split_in_halves(groups: np.ndarray) -> np.ndarray:
     return np.unique(groups, return_inverse=True)[1] % 2 == 1
 
 
-def read_data(args: Args) -> Data:
-    """Rows of a CSV or TSV file; exits with one line that names the file and, where one is bad, the row (header: 1).
-
-    Lower case becomes upper case. Rows of another length, with N or without a value are left out, and equal sequences
-    merged into their mean; one line says how many, and where the first is. Anything else is refused.
-    """
-    path, left_out, rows = pathlib.Path(args.data_path), defaultdict(list), {}  # rows: sequence -> (activities, group)
-    names = [name for name in (args.sequence_column, args.activity_column, args.split_column) if name]
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            reader = csv.DictReader(itertools.chain([header], file), delimiter="\t" if "\t" in header else ",")
-            if missing := [name for name in names if name not in (reader.fieldnames or ())]:
-                raise ValueError(f"there is no column {missing[0]}, only {', '.join(reader.fieldnames or ['none'])}")
-            for number, row in enumerate(reader, start=2):
-                if None in row or None in row.values():
-                    raise ValueError(f"row {number} does not have {len(reader.fieldnames)} fields")
-                sequence, value, *group = (row[name].strip().upper() for name in names)
-                if strange := set(sequence) - set("ACGTN"):
-                    raise ValueError(f"row {number} has {min(strange)!r} in its sequence")
-                if not sequence or value in ("", "NA", "NAN", "NONE", "NULL") or group == [""]:
-                    left_out["without a value"].append(number)
-                elif "N" in sequence or len(sequence) != args.sequence_length:
-                    left_out["with N" if "N" in sequence else f"not {args.sequence_length} long"].append(number)
-                elif value.strip("-+0123456789.E") or not math.isfinite(float(value)):
-                    raise ValueError(f"row {number} has the activity {value}, no finite number")
-                else:
-                    if sequence in rows:
-                        left_out["merged with an equal one"].append(number)
-                    strands = min(sequence, sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1])
-                    rows.setdefault(sequence, ([], (group or [strands])[0]))[0].append(float(value))
-        notes = "; ".join(f"{len(at)} {why} (first: row {at[0]})" for why, at in left_out.items()) or "all rows used"
-        if len(rows) < 200 or len({group for _, group in rows.values()}) < 2:
-            raise ValueError(
-                f"{len(rows)} sequences, of which 200 and two different --split-column are needed; {notes}"
-            )
-    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
-        raise SystemExit(f"--data-path {path}: {error}") from None
-    print(f"{path}: {len(rows)} sequences; {notes}", flush=True)
-    values, groups = zip(*rows.values(), strict=True)
-    return Data(encode(list(rows)), np.float32([np.mean(v) for v in values]), split_in_halves(np.array(groups)))
-
-
 # ================================================= GENERATED DATA ================================================
-# Factors in HepG2 cells: binding site as IUPAC consensus; effect (below 0: represses); share of the planted sites, or
-# for repressors, of the sequences with one; where along the sequence it acts most (midway, or near the 3' end, where the
+# Factors in HepG2 cells: binding site as IUPAC consensus; effect (below 0: represses); share of the planted sites (of
+# repressors: of the sequences with one); where along the sequence it acts most (midway or near the 3' end, where the
 # reporter starts); strength on the other strand.
 MOTIFS = {
     "HNF1A": ("GTTAATNATTAAC", 1.7, 0.09, 0.5, 1.0),
@@ -227,8 +180,8 @@ NAMES, (CONSENSUS, EFFECT, SHARE, CENTER, REVERSE) = list(MOTIFS), map(np.array,
 PAIRS = {("HNF1A", "HNF4A"): 1.0, ("HNF4A", "CEBPA"): 0.9, ("FOXA", "HNF4A"): 0.9, ("CEBPA", "AP-1"): 0.7,
          ("FOXA", "HNF1A"): 0.7, ("ETS", "SP1"): 0.6, ("ETS", "CREB"): 0.6, ("NFY", "USF"): 0.5}  # fmt: skip
 PAIR_REACH, WEAK_SITE, NOISE = 35, 0.3, 0.3  # bp between sites that help each other; a mismatch; measurement's std
-HILL_TOP, HILL_HALF, HILL_POWER = 9.5, 6.7, 3.7  # for the real data's quantiles: .2, 4.6 (99%), 6.2 (99.9%)
-IUPAC = dict(zip("ACGTRYSWKMN", "0 1 2 3 02 13 12 03 23 01 0123".split(), strict=True))  # the tokens of a letter
+HILL_TOP, HILL_HALF, HILL_POWER = 9.7, 4.9, 2.2  # for the real data's quantiles: .2, 4.6 (99%), 6.2 (99.9%)
+IUPAC = dict(A="0", C="1", G="2", T="3", R="02", Y="13", S="12", W="03", K="23", M="01", N="0123")  # tokens of a letter
 # Odds of neighbours in the human genome, f(xy) / (f(x) f(y)), x down and y across in the order ACGT: CpG has 0.23.
 ODDS = np.array([[1.12, 0.84, 1.17, 0.88], [1.2, 1.24, 0.23, 1.17], [1.02, 1.0, 1.24, 0.84], [0.74, 1.02, 1.2, 1.12]])
 
@@ -259,13 +212,11 @@ def generate_data(size: int, length: int, seed: int) -> Data:
     triples = base[:, :, None, None] * base[:, None, :, None] * base[:, None, None] * ODDS[:, :, None] * ODDS
     triples[:, [0, 3], [0, 3], [0, 3]] *= 1.25  # runs of A and of T
     limits = np.cumsum(triples / triples.sum(-1, keepdims=True), axis=-1)[..., :3]
-    tokens, isochore = (
-        rng.integers(4, size=(size, length), dtype=np.uint8),
-        rng.choice(5, size, p=[0.2, 0.3, 0.25, 0.15, 0.1]),
-    )
+    tokens = rng.integers(4, size=(size, length), dtype=np.uint8)
+    isochore = rng.choice(5, size, p=[0.2, 0.3, 0.25, 0.15, 0.1])
     for i in range(2, length):
         tokens[:, i] = (rng.random((size, 1)) > limits[isochore, tokens[:, i - 2], tokens[:, i - 1]]).sum(1)
-    activators, num_sites = np.flatnonzero(EFFECT > 0), np.minimum(rng.poisson(rng.gamma(6.0, 0.4, size)), 12)
+    activators, num_sites = np.flatnonzero(EFFECT > 0), np.minimum(rng.poisson(rng.gamma(1.5, 0.5, size)), 8)
     partners = {k: [NAMES.index(a if b == NAMES[k] else b) for a, b in PAIRS if NAMES[k] in (a, b)] for k in activators}
     for i in range(num_sites.max()):
         rows = np.flatnonzero(num_sites > i)
@@ -285,7 +236,7 @@ def generate_data(size: int, length: int, seed: int) -> Data:
 def find_sites(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Strength (B, L, M) of the site of each motif that starts at each position of tokens (B, L), and its strand.
 
-    A site counts 1 and each mismatch a factor WEAK_SITE; up to 2 are allowed, in a short consensus none. Strand: True for the other.
+    Each mismatch is a factor WEAK_SITE; up to 2 are allowed, in a short consensus none. Strand: True for the other.
     """
     width, letters = max(map(len, CONSENSUS)), np.array([len(c) - c.count("N") for c in CONSENSUS.tolist()])[:, None]
     filters = np.zeros((width, 4, len(MOTIFS), 2), np.float32)
@@ -325,7 +276,7 @@ def true_activity(tokens: jax.Array) -> jax.Array:
 class Denoiser(nn.Module):
     """Logits of p(x_0 | x_t), (B, L, 4), at tokens x_t (B, L) or at probabilities of tokens (B, L, 5).
 
-    The network of DRAKES (Wang et al. 2024), which is given the noise level 0 at every t: its time features are constant.
+    The network of DRAKES (Wang et al. 2024), given the noise level 0 at every t: its time features are constant.
     """
 
     hidden_dim: int
@@ -457,8 +408,8 @@ def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float
 
 # =================================================== LEARNING ====================================================
 def make_optimizer(stage: str, args: Args) -> optax.GradientTransformation:
-    """The optimizer of "oracle", "pretraining" or "finetuning"."""
-    if stage == "finetuning":
+    """The optimizer of "oracle", "pretraining" or "finetuning" (also of the baseline "drakes")."""
+    if stage in ("finetuning", "drakes"):
         model = optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.learning_rate))
         parts = {"model": model, "log_lambda": optax.adam(args.temperature_lr)}
         return optax.multi_transform(parts, {name: name for name in parts})
@@ -503,14 +454,18 @@ def finetuning_loss(params, key, batch, model: Denoiser, args: Args):
     return loss + lambda_loss, scalars | {"weights/negative_share": jnp.mean(weights < 0)}
 
 
+LOSSES = {"oracle": oracle_loss, "pretraining": pretraining_loss, "finetuning": finetuning_loss}
+
+
 @partial(jax.jit, static_argnames=("stage", "model", "args"), donate_argnames="state")
 def train_step(state: dict, key: jax.Array, batch, stage: str, model: nn.Module, args: Args) -> tuple[dict, dict]:
     """One update by the loss of a stage, and the scalars to log; state: "params" and "opt_state"."""
-    loss = {"pretraining": pretraining_loss, "oracle": oracle_loss, "finetuning": finetuning_loss}[stage]
-    grads, scalars = jax.grad(loss, has_aux=True)(state["params"], key, batch, model, args)
+    grads, scalars = jax.grad(LOSSES[stage], has_aux=True)(state["params"], key, batch, model, args)
     updates, opt_state = make_optimizer(stage, args).update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    return {"params": params, "opt_state": opt_state}, scalars | {"losses/parameter_norm": optax.global_norm(params)}
+    return {"params": params, "opt_state": opt_state}, scalars | {
+        "losses/parameter_norm": jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(params)))
+    }
 
 
 @partial(jax.jit, static_argnames=("model", "args"))
@@ -527,14 +482,15 @@ signals = []  # SIGTERM and SIGINT so far: at the first the update ends and a ch
 
 def checksum(tree: Any) -> np.ndarray:
     """CRC-32 of all arrays of a tree: Orbax does not see a flipped bit."""
-    return np.uint32(zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))))
+    return np.array([zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)))])
 
 
-def run_stage(stage: str, step, params, total: int, folder: pathlib.Path, args: Args, frequency=0, every=10) -> Any:
-    """The parameters after `total` updates by step(state, update) -> (state, scalars), from the last checkpoint on.
+def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, batch, args: Args, every: int = 10):
+    """The parameters after `total` updates of `train_step`, from the last checkpoint in `folder` on.
 
-    Scalars go to TensorBoard and scalars.csv every `every` updates. Exits with one line if a checkpoint is damaged or a
-    scalar not finite, and with 128 + its number after a signal.
+    batch: what every update learns from, or a function of parameters and key that returns it and more scalars. Scalars
+    go to TensorBoard and scalars.csv every `every` updates. Exits with one line if a checkpoint is damaged or a scalar
+    not finite, and with 128 + its number after a signal.
     """
     state = jax.device_put({"params": params, "opt_state": make_optimizer(stage, args).init(params)}, on_all())
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -548,45 +504,44 @@ def run_stage(stage: str, step, params, total: int, folder: pathlib.Path, args: 
         except Exception as error:  # the files may hold anything
             reason = " ".join(str(error).split())[:150]
             raise SystemExit(f"--resume: checkpoint {folder}/checkpoints/{first} is of no use: {reason}") from None
-    start, is_writer, last = (
-        time.perf_counter(),
-        jax.process_index() == 0,
-        f"{folder}/checkpoints/{first}" if first else "none",
-    )
+    start, is_writer = time.perf_counter(), jax.process_index() == 0
     writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None) if is_writer else None
     for update in range(first + 1, total + 1):
-        state, scalars = step(state, update)
-        saving = frequency and (update % frequency == 0 or update == total or signals)
+        update_key = jax.random.fold_in(key, update)
+        data, more = batch(state["params"], update_key) if callable(batch) else (batch, {})
+        state, scalars = train_step(state, update_key, data, stage, model, args)
+        frequency = args.checkpoint_frequency
+        saving = frequency and (update % (frequency * every) == 0 or update == total or signals)
         if saving or update % every == 0 or update == total:
-            scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            scalars = {name: float(value) for name, value in jax.device_get(more | scalars).items()}
             if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
-                message = (
-                    f"{stage} diverged at update {update}: {', '.join(bad)} not finite; last good checkpoint: {last}"
-                )
-                raise SystemExit(message)
+                last = f"{folder}/checkpoints/{saver.latest_step()}" if saver.latest_step() else "none"
+                message = f"{stage} diverged at update {update}: {', '.join(bad)} not finite"
+                raise SystemExit(f"{message}; last good checkpoint: {last}")
             if is_writer:
-                with open(folder / "scalars.csv", "a") as table:  # after a resume, the later of two lines counts
-                    print(
-                        *(["update", *scalars] if not table.tell() else []),
-                        sep=",",
-                        end="\n" * (not table.tell()),
-                        file=table,
-                    )
-                    print(update, *scalars.values(), sep=",", file=table)
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, value, update)
-                left = int((time.perf_counter() - start) / (update - first) * (total - update))
-                shown = min(scalars, key=lambda tag: (tag != "charts/reward", "per_seq" not in tag, "error" not in tag))
-                bar = f"{stage:11}{update:7}/{total} [{'#' * (20 * update // total):20}] {shown.split('/')[1]} {scalars[shown]:.2f}"
-                if sys.stderr.isatty() or 10 * update // total > 10 * (update - 1) // total:  # in a file, ten lines
-                    end = "" if sys.stderr.isatty() and update < total else "\n"
-                    print(f"\r{bar}, {left // 60}:{left % 60:02} left ", end=end, file=sys.stderr, flush=True)
+                with open(folder / "scalars.csv", "a") as table:  # after a resume, the later of two lines counts
+                    table.write("" if table.tell() else ",".join(("update", *scalars)) + "\n")
+                    table.write(",".join(map(str, (update, *scalars.values()))) + "\n")
+                show_progress(stage, update, first, total, start, scalars)
         if saving:
             saver.save(update, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}), force=True)
-            last = f"{folder}/checkpoints/{update}"
         if signals:
             raise SystemExit(128 + signals[0])
     return state["params"]
+
+
+def show_progress(stage: str, update: int, first: int, total: int, start: float, scalars: dict) -> None:
+    """A bar on a terminal, elsewhere a line for each tenth: stage, share done, reward or loss, time left."""
+    left, is_terminal = int((time.perf_counter() - start) / (update - first) * (total - update)), sys.stderr.isatty()
+    name = next(
+        name for name in ("charts/reward", "losses/nats_per_sequence", "losses/squared_error") if name in scalars
+    )
+    line = f"{stage:11}{update:7}/{total} [{'#' * (20 * update // total):20}] {name.split('/')[1]} {scalars[name]:.2f}"
+    if is_terminal or 10 * update // total > 10 * (update - 1) // total:
+        end = "\r" if is_terminal and update < total else "\n"
+        print(f"{line}, {left // 60}:{left % 60:02} left  ", end=end, file=sys.stderr, flush=True)
 
 
 def from_cache(args: Args, name: str, inputs: tuple, code: tuple, make) -> Any:
@@ -609,12 +564,8 @@ def from_cache(args: Args, name: str, inputs: tuple, code: tuple, make) -> Any:
 def train_denoiser(data: Data, model: Denoiser, folder: pathlib.Path, args: Args) -> dict:
     """Parameters of the denoiser after pretraining on all sequences."""
     key, tokens = jax.random.key(args.data_seed), jax.device_put(data.tokens, on_all())
-
-    def step(state, update):
-        return train_step(state, jax.random.fold_in(key, update), tokens, "pretraining", model, args)
-
     params = model.init(key, tokens[:1])
-    return run_stage("pretraining", step, params, args.pretrain_steps, folder / "pretraining", args, frequency=1000)
+    return run_stage("pretraining", params, args.pretrain_steps, folder / "pretraining", key, model, tokens, args)
 
 
 def train_oracle(data: Data, half: bool, folder: pathlib.Path, args: Args) -> dict:
@@ -623,15 +574,11 @@ def train_oracle(data: Data, half: bool, folder: pathlib.Path, args: Args) -> di
     model, activity = Oracle(args.oracle_dim * (3 if half else 2) // 2), data.activity[rows]
     mean, std = activity.mean(), activity.std() + np.float32(1e-6)
     batch = jax.device_put((data.tokens[rows], (activity - mean) / std), on_all())
-
-    def step(state, update):
-        return train_step(state, jax.random.fold_in(key, update), batch, "oracle", model, args)
-
     params = model.init(key, jnp.zeros((1, args.sequence_length, 4)))
-    params = run_stage("oracle", step, params, args.oracle_steps, folder / f"oracle_{int(half)}", args, every=50)
+    params = run_stage("oracle", params, args.oracle_steps, folder / f"oracle_{int(half)}", key, model, batch, args, 50)
     oracle = {"params": params, "mean": mean, "std": std}
     predicted = in_batches(partial(predict, oracle), data.tokens[~rows])
-    return oracle | {"spearman": np.float32(stats.spearmanr(predicted, data.activity[~rows])[0])}
+    return oracle | {"spearman": pearson(*map(stats.rankdata, (predicted, data.activity[~rows])))}
 
 
 # =================================================== EVALUATION ==================================================
@@ -653,11 +600,18 @@ def log_likelihood(params, key: jax.Array, tokens: jax.Array, model: Denoiser) -
     return -jax.lax.map(lambda key: denoising_loss(partial(model.apply, params), key, tokens), keys).mean(0)
 
 
+def pearson(a: np.ndarray, b: np.ndarray) -> np.float64:
+    """Pearson correlation of a and b (N,); 0 if one is constant."""
+    a, b = a - np.mean(a), b - np.mean(b)
+    return a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)
+
+
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
     """Section 5.3's metrics of tokens (N, L). Activities are medians; top: the 0.1% most active, or 1% of few data."""
     data, (size, length) = setup.data, tokens.shape
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
     top = data.tokens[data.activity >= np.quantile(data.activity, 1 - share)]
+    shares = (tokens[..., None] == range(4)).mean(0)  # (L, 4)
     likelihood = partial(log_likelihood, setup.pretrained, jax.random.key(0), model=setup.model)
 
     def kmers(x):  # counts (64,) of the 3-mers
@@ -670,13 +624,11 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
         "pred_activity": np.median(in_batches(partial(predict, setup.judge), tokens)),
         "train_oracle_activity": np.median(setup.reward(tokens)),
         "true_activity": np.median(in_batches(true_activity, tokens)),
-        "kmer_pearson": stats.pearsonr(kmers(tokens), kmers(top))[0],
-        "motif_correlation": stats.pearsonr(motifs(tokens), motifs(top))[0],
+        "kmer_pearson": pearson(kmers(tokens), kmers(top)),
+        "motif_correlation": pearson(motifs(tokens), motifs(top)),
         "log_likelihood": in_batches(likelihood, tokens, 128).mean(),
         "unique_fraction": len(np.unique(tokens, axis=0)) / size,
-        "hamming_distance": (length - np.sum((tokens[..., None] == range(4)).mean(0) ** 2))
-        * size
-        / (size - 1),  # of pairs
+        "hamming_distance": (length - np.sum(shares**2)) * size / (size - 1),  # mean over all pairs
         "gc": np.mean((tokens == 1) | (tokens == 2)),
     }
     return {name: float(value) for name, value in metrics.items() if name != "true_activity" or not args.data_path}
@@ -691,12 +643,14 @@ def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setu
             axes.hist(in_batches(function, tokens), 40, alpha=0.6, label=label)
         axes.set(xlabel=f"activity by {name}", ylabel="samples", visible=name != "the truth" or not args.data_path)
         axes.legend()
-    table = np.genfromtxt(run / "scalars.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    for axes, prefix in zip(figures[1].subplots(1, 2), ("charts/", "weights/"), strict=True):
-        for name in (name for name in table.dtype.names if name.startswith(prefix) and "temp" not in name):
-            axes.plot(table["update"], table[name], label=name.removeprefix(prefix))
-        axes.set(xlabel="update")
-        axes.legend()
+    if (run / "scalars.csv").exists():  # not of a method without training
+        table = np.genfromtxt(run / "scalars.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        for name in (name for name in table.dtype.names if "activity" in name or "reward" in name or "_share" in name):
+            axes = figures[1].axes or figures[1].subplots(1, 2)
+            axes[int("weights" in name)].plot(table["update"], table[name], label=name.split("/")[1])
+        for axes in figures[1].axes:
+            axes.set(xlabel="update")
+            axes.legend()
     axes, best = figures[2].subplots(), after[np.argsort(-in_batches(functions["the evaluation oracle"], after))[:30]]
     for k, consensus in enumerate(CONSENSUS):
         rows, starts = np.nonzero(np.asarray(find_sites(best)[0])[..., k] == 1)
@@ -709,40 +663,25 @@ def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setu
 
 
 # ===================================================== MAIN ======================================================
-def load_reward(name: str):
-    """The function `module:function`, made one of tokens (N, L); exits with one line if there is none."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        module, function = name.split(":")
-        function = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module may fail in any way
-        raise SystemExit(f"--reward {name} must be module:function: {' '.join(str(error).split())}") from None
-
-    def reward(tokens):
-        values = np.asarray(function(decode(tokens)), np.float32)
-        if values.shape != (len(tokens),) or not np.isfinite(values).all():
-            raise SystemExit(f"--reward {name} must return {len(tokens)} finite numbers, got shape {values.shape}")
-        return values
-
-    return reward
-
-
 def prepare(run: pathlib.Path, args: Args) -> Setup:
     """Data, denoiser and oracles, those two from the cache if an earlier run has made them."""
-    reward, oracles = load_reward(args.reward) if args.reward else None, []
-    data = read_data(args) if args.data_path else generate_data(args.data_size, args.sequence_length, args.data_seed)
-    model, sizes = Denoiser(args.hidden_dim, args.num_layers), (args.data_seed, args.oracle_dim, args.oracle_steps)
+    reward, sizes = None, (args.data_seed, args.oracle_dim, args.oracle_steps)
+    if args.data_path or args.denoiser_checkpoint or args.reward:
+        try:
+            inputs = importlib.import_module("baselines.dna_inputs")
+        except ModuleNotFoundError:
+            raise SystemExit("--data-path, --denoiser-checkpoint and --reward need baselines/dna_inputs.py") from None
+        reward = inputs.load_reward(args.reward) if args.reward else None
+    generated = (args.data_size, args.sequence_length, args.data_seed)
+    data, oracles = inputs.read_data(args) if args.data_path else generate_data(*generated), []
     for half in (False, True):
         make = partial(train_oracle, data, half, run, args)
         oracles.append(from_cache(args, "oracle", (*data, half, *sizes), (Oracle, oracle_loss, make_optimizer), make))
     print("Spearman on the other half: " + ", ".join(f"{oracle['spearman']:.3f}" for oracle in oracles), flush=True)
     if args.denoiser_checkpoint:
-        try:
-            load_drakes = importlib.import_module("baselines.drakes_checkpoint").load_drakes
-        except ModuleNotFoundError:
-            raise SystemExit("--denoiser-checkpoint needs the folder baselines beside dna_finetune.py") from None
-        model, pretrained = load_drakes(args)
+        model, pretrained = inputs.load_drakes(args)
     else:
+        model = Denoiser(args.hidden_dim, args.num_layers)
         sizes = (args.data_seed, args.pretrain_steps, args.pretrain_batch_size, args.pretrain_lr, args.pretrain_warmup)
         code, make = (Denoiser, denoising_loss, make_optimizer), partial(train_denoiser, data, model, run, args)
         pretrained = from_cache(args, "denoiser", (data.tokens, model, *sizes), code, make)
@@ -758,19 +697,17 @@ def draw(params, setup: Setup, args: Args) -> np.ndarray:
 
 def finetune(setup: Setup, run: pathlib.Path, args: Args) -> dict:
     """The denoiser's parameters after fine-tuning, on-policy: every update has fresh samples of the current model."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 1)
 
-    def step(state, update):
-        sample_key, loss_key = jax.random.split(jax.random.fold_in(key, update))
-        tokens = sample_model(state["params"]["model"], sample_key, setup.model, args)
-        activities = {"reward": setup.reward(tokens), "pred_activity": predict(setup.judge, tokens)}
-        activities |= {} if args.data_path else {"true_activity": true_activity(tokens)}
-        state, scalars = train_step(state, loss_key, (tokens, activities["reward"]), "finetuning", setup.model, args)
-        return state, {f"charts/{name}": jnp.median(value) for name, value in activities.items()} | scalars
+    def batch(params, key):
+        tokens = sample_model(params["model"], jax.random.fold_in(key, 0), setup.model, args)
+        values = {"reward": setup.reward(tokens), "pred_activity": predict(setup.judge, tokens)}
+        values |= {} if args.data_path else {"true_activity": true_activity(tokens)}
+        return (tokens, values["reward"]), {f"charts/{name}": jnp.median(value) for name, value in values.items()}
 
     # A copy: train_step reuses the memory of what it is given.
     params = jax.tree.map(jnp.copy, {"model": setup.pretrained, "log_lambda": jnp.zeros(())})
-    return run_stage("finetuning", step, params, args.num_updates, run, args, args.checkpoint_frequency, 1)["model"]
+    key = jax.random.fold_in(jax.random.key(args.seed), 1)
+    return run_stage("finetuning", params, args.num_updates, run, key, setup.model, batch, args, every=1)["model"]
 
 
 def report(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setup, args: Args) -> dict:

@@ -121,21 +121,10 @@ def drakes_loss(params, key, batch, model: dna.Denoiser, args: Args):
 
 def drakes(setup: dna.Setup, run: pathlib.Path, args: Args) -> dict:
     """The denoiser's parameters after `num_updates` updates by the gradient of the oracle."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 1)
-    optimizer = dna.make_optimizer("finetuning", args)
-
-    @partial(jax.jit, donate_argnames="state")
-    def update_state(state, key):
-        batch = (setup.pretrained, setup.oracle)
-        grads, scalars = jax.grad(drakes_loss, has_aux=True)(state["params"], key, batch, setup.model, args)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        return {"params": dna.optax.apply_updates(state["params"], updates), "opt_state": opt_state}, scalars
-
-    def step(state, update):
-        return update_state(state, jax.random.fold_in(key, update))
-
     params = jax.tree.map(jnp.copy, {"model": setup.pretrained, "log_lambda": jnp.zeros(())})
-    return dna.run_stage("finetuning", step, params, args.num_updates, run, args, args.checkpoint_frequency, 1)["model"]
+    key, batch = jax.random.fold_in(jax.random.key(args.seed), 1), (setup.pretrained, setup.oracle)
+    dna.LOSSES["drakes"] = drakes_loss
+    return dna.run_stage("drakes", params, args.num_updates, run, key, setup.model, batch, args, every=1)["model"]
 
 
 def sample_method(setup: dna.Setup, run: pathlib.Path, args: Args) -> np.ndarray:
