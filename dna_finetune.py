@@ -1,25 +1,26 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax", "jax>=0.5", "matplotlib", "optax", "orbax-checkpoint", "scipy", "tensorboardX", "tyro>=0.9"]
+# dependencies = ["flax", "jax>=0.5", "optax", "orbax-checkpoint", "scipy", "tensorboardX", "tyro>=0.9"]
 # ///
 """GeMPO on DNA: fine-tune a masked diffusion model of regulatory sequences toward high enhancer activity.
 
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao, Chen, Li and Dai,
 2026, arXiv 2603.10250, section 5.3. A denoiser p(x_0 | x_t) is pretrained on 200-bp sequences; two oracles, each of one
-half of the chromosomes, learn their activity. Then, in every update, draw groups of fresh sequences from the current
-model, value each by the first oracle, and descend the weighted denoising loss
+half of the chromosomes, learn their activity. Each update draws groups of fresh sequences from the current model,
+values them by the first oracle, and descends the weighted denoising loss
 
     sum_b w_b l(x_b),   l(x) = 1/t sum_{i masked} -log p(x_i | x_t),   w_b = g(z_b),   z = (r - mean) / std    (eq. 8)
 
 g is exp, linear, square, or neg: linear with a floor ell < 0, which pushes the model away from bad sequences. The other
-oracle never sees the fine-tuning; its median is the paper's Pred-Activity. With no data file, sequences are made by a
-grammar of real motifs whose activity is known exactly, so that true_activity shows where the oracles are fooled.
+oracle gives the paper's Pred-Activity. Without a data file, sequences are made by a grammar of real motifs whose
+activity is known exactly, so that true_activity shows where the oracles are fooled.
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`; baselines: baselines/dna_guidance.py.
 """
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -42,7 +43,6 @@ import orbax.checkpoint as ocp
 import tyro
 from flax import serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
 from scipy import stats
 from tensorboardX import SummaryWriter
 
@@ -106,12 +106,11 @@ def check_args(args: Args) -> Args:
     devices, log_n, zscore = jax.device_count(), math.log(max(args.group_size, 2)), args.normalizer == "zscore"
     rules = [(name, *get_args(kind)[1:]) for name, hint in get_type_hints(type(args), include_extras=True).items()
              for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]  # fmt: skip
-    divides = f"such that num_groups * group_size divides by {devices} devices"
     rules += [
         ("hidden_dim", "an even number", lambda v: v % 2 == 0),
         ("sequence_length", "at least 40", lambda v: v >= 40),
         ("data_size", "at least 1000", lambda v: v >= 1000),
-        ("group_size", divides, lambda v: v * args.num_groups % devices == 0),
+        ("group_size", f"so that all divide by {devices} devices", lambda v: v * args.num_groups % devices == 0),
         ("pretrain_batch_size", f"a multiple of {devices} devices", lambda v: v % devices == 0),
         ("target_kl", f"below log(group_size), {log_n:.3f}", lambda v: v < log_n or zscore),
         ("weighting", "one with a positive sum under --normalizer simplex", lambda v: v != "wd1" or zscore),
@@ -135,32 +134,15 @@ class Data(NamedTuple):
     half: np.ndarray  # (N,) bool
 
 
-def encode(sequences: list[str]) -> np.ndarray:
-    """Tokens (N, L), uint8, of N equally long sequences of A, C, G and T."""
-    letters = np.frombuffer("".join(sequences).encode(), np.uint8).reshape(len(sequences), -1)
-    return np.searchsorted(LETTERS, letters).astype(np.uint8)
-
-
-def decode(tokens: np.ndarray) -> list[str]:
-    """N sequences of letters from tokens (N, L)."""
-    return [row.tobytes().decode() for row in LETTERS[np.asarray(tokens)]]
-
-
 def in_batches(function, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
     """The rows (N, ...) of `function` of tokens (N, L), called on batches of one size, so that it compiles once."""
     padded = np.concatenate([tokens, np.repeat(tokens[:1], -len(tokens) % size, axis=0)])
     return np.concatenate([function(padded[i : i + size]) for i in range(0, len(padded), size)])[: len(tokens)]
 
 
-def split_in_halves(groups: np.ndarray) -> np.ndarray:
-    """Halves (N,), bool: every other group of the sorted ones, with all its rows."""
-    return np.unique(groups, return_inverse=True)[1] % 2 == 1
-
-
 # ================================================= GENERATED DATA ================================================
-# Factors in HepG2 cells: binding site as IUPAC consensus; effect (below 0: represses); share of the planted sites (of
-# repressors: of the sequences with one); where along the sequence it acts most (midway or near the 3' end, where the
-# reporter starts); strength on the other strand.
+# Factors in HepG2 cells: site as IUPAC consensus; effect (below 0: represses); share of the planted sites (repressors:
+# of sequences); where it acts most (midway, or near the reporter at the 3' end); strength on the other strand.
 MOTIFS = {
     "HNF1A": ("GTTAATNATTAAC", 1.7, 0.09, 0.5, 1.0),
     "HNF4A": ("RGGNCAAAGKYCA", 1.6, 0.11, 0.5, 0.85),
@@ -229,7 +211,7 @@ def generate_data(size: int, length: int, seed: int) -> Data:
     for k in np.flatnonzero(EFFECT < 0):
         plant(rng, tokens, np.flatnonzero(rng.random(size) < SHARE[k]), k)
     activity = in_batches(true_activity, tokens) + NOISE * rng.standard_normal(size)
-    return Data(tokens, activity.astype(np.float32), split_in_halves(rng.integers(1, 23, size)))
+    return Data(tokens, activity.astype(np.float32), rng.integers(1, 23, size) % 2 == 1)
 
 
 @jax.jit
@@ -382,8 +364,8 @@ def zscore_weights(r: jax.Array, weighting: str, ell: float, exp_temperature: fl
 def simplex_weights(r: jax.Array, temp: jax.Array, weighting: str, ell: float) -> jax.Array:
     """Weights (..., n) that sum to one: exp(y), max(y, 0), max(y, 0)^2 or max(y, ell/n), y = (r - nu) / temp (App. E).
 
-    The k largest are above the floor if, with nu at the k-th, they sum to no more than is left for them; nu then solves
-    the equation of those k. y is counted from its maximum, so that nothing cancels: above the floor it is in [-1, 0].
+    The k largest are above the floor if, with nu at the k-th, they sum to no more than is left; nu solves the equation
+    of those k. y is counted from its maximum, so that nothing cancels: above the floor it is in [-1, 0].
     """
     if weighting == "exp":
         return nn.softmax(r / temp)
@@ -442,9 +424,8 @@ def finetuning_loss(params, key, batch, model: Denoiser, args: Args):
     rewards, lambda_loss = batch[1].reshape(args.num_groups, args.group_size), 0.0
     weights = zscore_weights(rewards, args.weighting, args.ell, args.exp_temperature)
     if args.normalizer == "simplex":
-        weights = simplex_weights(
-            rewards, jnp.exp(jax.lax.stop_gradient(params["log_lambda"])), args.weighting, args.ell
-        )
+        temp = jax.lax.stop_gradient(jnp.exp(params["log_lambda"]))
+        weights = simplex_weights(rewards, temp, args.weighting, args.ell)
         lambda_loss = temperature_loss(params["log_lambda"], weights, args.target_kl)
     tokens = spread(jnp.tile(batch[0], (args.times_per_sample, 1)))
     nats = denoising_loss(partial(model.apply, params["model"]), key, tokens).reshape(-1, *rewards.shape).mean(0)
@@ -463,9 +444,8 @@ def train_step(state: dict, key: jax.Array, batch, stage: str, model: nn.Module,
     grads, scalars = jax.grad(LOSSES[stage], has_aux=True)(state["params"], key, batch, model, args)
     updates, opt_state = make_optimizer(stage, args).update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    return {"params": params, "opt_state": opt_state}, scalars | {
-        "losses/parameter_norm": jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(params)))
-    }
+    scalars["losses/parameter_norm"] = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(params)))
+    return {"params": params, "opt_state": opt_state}, scalars
 
 
 @partial(jax.jit, static_argnames=("model", "args"))
@@ -488,9 +468,8 @@ def checksum(tree: Any) -> np.ndarray:
 def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, batch, args: Args, every: int = 10):
     """The parameters after `total` updates of `train_step`, from the last checkpoint in `folder` on.
 
-    batch: what every update learns from, or a function of parameters and key that returns it and more scalars. Scalars
-    go to TensorBoard and scalars.csv every `every` updates. Exits with one line if a checkpoint is damaged or a scalar
-    not finite, and with 128 + its number after a signal.
+    batch: what every update learns from, or a function of parameters and key that returns it and more scalars. Exits
+    with one line if a checkpoint is damaged or a scalar not finite, and with 128 + its number after a signal.
     """
     state = jax.device_put({"params": params, "opt_state": make_optimizer(stage, args).init(params)}, on_all())
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -504,20 +483,19 @@ def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, 
         except Exception as error:  # the files may hold anything
             reason = " ".join(str(error).split())[:150]
             raise SystemExit(f"--resume: checkpoint {folder}/checkpoints/{first} is of no use: {reason}") from None
-    start, is_writer = time.perf_counter(), jax.process_index() == 0
+    start, frequency, is_writer = time.perf_counter(), args.checkpoint_frequency * every, jax.process_index() == 0
     writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None) if is_writer else None
     for update in range(first + 1, total + 1):
         update_key = jax.random.fold_in(key, update)
         data, more = batch(state["params"], update_key) if callable(batch) else (batch, {})
         state, scalars = train_step(state, update_key, data, stage, model, args)
-        frequency = args.checkpoint_frequency
-        saving = frequency and (update % (frequency * every) == 0 or update == total or signals)
+        saving = frequency and (update % frequency == 0 or update == total or signals)
         if saving or update % every == 0 or update == total:
             scalars = {name: float(value) for name, value in jax.device_get(more | scalars).items()}
             if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
                 last = f"{folder}/checkpoints/{saver.latest_step()}" if saver.latest_step() else "none"
-                message = f"{stage} diverged at update {update}: {', '.join(bad)} not finite"
-                raise SystemExit(f"{message}; last good checkpoint: {last}")
+                bad = f"{stage} diverged at update {update}: {', '.join(bad)} not finite"
+                raise SystemExit(f"{bad}; last good checkpoint: {last}")
             if is_writer:
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, value, update)
@@ -534,13 +512,11 @@ def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, 
 
 def show_progress(stage: str, update: int, first: int, total: int, start: float, scalars: dict) -> None:
     """A bar on a terminal, elsewhere a line for each tenth: stage, share done, reward or loss, time left."""
-    left, is_terminal = int((time.perf_counter() - start) / (update - first) * (total - update)), sys.stderr.isatty()
-    name = next(
-        name for name in ("charts/reward", "losses/nats_per_sequence", "losses/squared_error") if name in scalars
-    )
+    left = int((time.perf_counter() - start) / (update - first) * (total - update))
+    name = next(n for n in ("charts/reward", "losses/nats_per_sequence", "losses/squared_error") if n in scalars)
     line = f"{stage:11}{update:7}/{total} [{'#' * (20 * update // total):20}] {name.split('/')[1]} {scalars[name]:.2f}"
-    if is_terminal or 10 * update // total > 10 * (update - 1) // total:
-        end = "\r" if is_terminal and update < total else "\n"
+    if sys.stderr.isatty() or 10 * update // total > 10 * (update - 1) // total:
+        end = "\r" if sys.stderr.isatty() and update < total else "\n"
         print(f"{line}, {left // 60}:{left % 60:02} left  ", end=end, file=sys.stderr, flush=True)
 
 
@@ -554,18 +530,10 @@ def from_cache(args: Args, name: str, inputs: tuple, code: tuple, make) -> Any:
         return serialization.msgpack_restore(path.read_bytes())
     except (OSError, ValueError):  # not there, or damaged
         made = jax.device_get(make())
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (part := path.with_suffix(f".{os.getpid()}")).write_bytes(serialization.msgpack_serialize(made))
-        part.replace(path)  # whole or not at all
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (part := path.with_suffix(f".{os.getpid()}")).write_bytes(serialization.msgpack_serialize(made))
+    part.replace(path)  # whole or not at all
     return made
-
-
-def train_denoiser(data: Data, model: Denoiser, folder: pathlib.Path, args: Args) -> dict:
-    """Parameters of the denoiser after pretraining on all sequences."""
-    key, tokens = jax.random.key(args.data_seed), jax.device_put(data.tokens, on_all())
-    params = model.init(key, tokens[:1])
-    return run_stage("pretraining", params, args.pretrain_steps, folder / "pretraining", key, model, tokens, args)
 
 
 def train_oracle(data: Data, half: bool, folder: pathlib.Path, args: Args) -> dict:
@@ -578,12 +546,12 @@ def train_oracle(data: Data, half: bool, folder: pathlib.Path, args: Args) -> di
     params = run_stage("oracle", params, args.oracle_steps, folder / f"oracle_{int(half)}", key, model, batch, args, 50)
     oracle = {"params": params, "mean": mean, "std": std}
     predicted = in_batches(partial(predict, oracle), data.tokens[~rows])
-    return oracle | {"spearman": pearson(*map(stats.rankdata, (predicted, data.activity[~rows])))}
+    return oracle | {"spearman": np.float32(stats.spearmanr(predicted, data.activity[~rows])[0])}
 
 
 # =================================================== EVALUATION ==================================================
 class Setup(NamedTuple):
-    """What fine-tuning, and any other method, starts from."""
+    """What every method starts from."""
 
     data: Data
     model: Denoiser
@@ -600,90 +568,60 @@ def log_likelihood(params, key: jax.Array, tokens: jax.Array, model: Denoiser) -
     return -jax.lax.map(lambda key: denoising_loss(partial(model.apply, params), key, tokens), keys).mean(0)
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> np.float64:
-    """Pearson correlation of a and b (N,); 0 if one is constant."""
-    a, b = a - np.mean(a), b - np.mean(b)
-    return a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)
-
-
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
     """Section 5.3's metrics of tokens (N, L). Activities are medians; top: the 0.1% most active, or 1% of few data."""
     data, (size, length) = setup.data, tokens.shape
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
     top = data.tokens[data.activity >= np.quantile(data.activity, 1 - share)]
-    shares = (tokens[..., None] == range(4)).mean(0)  # (L, 4)
+    both, shares = (tokens, top), (tokens[..., None] == range(4)).mean(0)  # (L, 4)
+    count_sites = jax.jit(lambda x: (find_sites(x)[0] == 1).sum(1))  # (B, M)
+    kmers = [x[:, :-2] * 16 + x[:, 1:-1] * 4 + x[:, 2:] for x in both]
     likelihood = partial(log_likelihood, setup.pretrained, jax.random.key(0), model=setup.model)
-
-    def kmers(x):  # counts (64,) of the 3-mers
-        return np.bincount((x[:, :-2] * 16 + x[:, 1:-1] * 4 + x[:, 2:]).ravel(), minlength=64)
-
-    def motifs(x):  # sites (M,) of each motif in all sequences
-        return in_batches(lambda x: (find_sites(x)[0] == 1).sum(1), x).sum(0)
 
     metrics = {
         "pred_activity": np.median(in_batches(partial(predict, setup.judge), tokens)),
         "train_oracle_activity": np.median(setup.reward(tokens)),
         "true_activity": np.median(in_batches(true_activity, tokens)),
-        "kmer_pearson": pearson(kmers(tokens), kmers(top)),
-        "motif_correlation": pearson(motifs(tokens), motifs(top)),
+        "kmer_pearson": np.corrcoef(*(np.bincount(x.ravel(), minlength=64) for x in kmers))[0, 1],
+        "motif_correlation": np.corrcoef(*(in_batches(count_sites, x).sum(0) for x in both))[0, 1],
         "log_likelihood": in_batches(likelihood, tokens, 128).mean(),
         "unique_fraction": len(np.unique(tokens, axis=0)) / size,
         "hamming_distance": (length - np.sum(shares**2)) * size / (size - 1),  # mean over all pairs
         "gc": np.mean((tokens == 1) | (tokens == 2)),
     }
-    return {name: float(value) for name, value in metrics.items() if name != "true_activity" or not args.data_path}
-
-
-def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setup, args: Args) -> None:
-    """activities.png, learning.png and motifs.png: distributions, curves, and the sites along the best samples."""
-    functions = {"the evaluation oracle": partial(predict, setup.judge), "the truth": true_activity}
-    figures = [Figure((10, size), layout="constrained") for size in (3.5, 3.5, 6)]
-    for axes, (name, function) in zip(figures[0].subplots(1, 2), functions.items(), strict=True):
-        for label, tokens in (("pretrained", before), ("fine-tuned", after)):
-            axes.hist(in_batches(function, tokens), 40, alpha=0.6, label=label)
-        axes.set(xlabel=f"activity by {name}", ylabel="samples", visible=name != "the truth" or not args.data_path)
-        axes.legend()
-    if (run / "scalars.csv").exists():  # not of a method without training
-        table = np.genfromtxt(run / "scalars.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        for name in (name for name in table.dtype.names if "activity" in name or "reward" in name or "_share" in name):
-            axes = figures[1].axes or figures[1].subplots(1, 2)
-            axes[int("weights" in name)].plot(table["update"], table[name], label=name.split("/")[1])
-        for axes in figures[1].axes:
-            axes.set(xlabel="update")
-            axes.legend()
-    axes, best = figures[2].subplots(), after[np.argsort(-in_batches(functions["the evaluation oracle"], after))[:30]]
-    for k, consensus in enumerate(CONSENSUS):
-        rows, starts = np.nonzero(np.asarray(find_sites(best)[0])[..., k] == 1)
-        hatch = "///" if EFFECT[k] < 0 else None
-        axes.barh(rows, len(consensus), left=starts, color=f"C{k % 10}", label=NAMES[k], hatch=hatch)
-    axes.set(xlabel="position", ylabel="rank by predicted activity", xlim=(0, after.shape[1]), ylim=(30, -1))
-    figures[2].legend(loc="outside right upper")
-    for figure, name in zip(figures, ("activities", "learning", "motifs"), strict=True):
-        figure.savefig(run / f"{name}.png", dpi=120)
+    kept = (name for name in metrics if name != "true_activity" or not args.data_path)
+    return {name: float(np.nan_to_num(metrics[name])) for name in kept}  # without motifs, a correlation is not defined
 
 
 # ===================================================== MAIN ======================================================
+def load_extras():
+    """The module of data files, rewards, DRAKES checkpoints and pictures, or None where this file lies alone."""
+    spec = importlib.util.find_spec("baselines") and importlib.util.find_spec("baselines.dna_extras")
+    return importlib.import_module("baselines.dna_extras") if spec else None
+
+
 def prepare(run: pathlib.Path, args: Args) -> Setup:
     """Data, denoiser and oracles, those two from the cache if an earlier run has made them."""
     reward, sizes = None, (args.data_seed, args.oracle_dim, args.oracle_steps)
     if args.data_path or args.denoiser_checkpoint or args.reward:
-        try:
-            inputs = importlib.import_module("baselines.dna_inputs")
-        except ModuleNotFoundError:
-            raise SystemExit("--data-path, --denoiser-checkpoint and --reward need baselines/dna_inputs.py") from None
-        reward = inputs.load_reward(args.reward) if args.reward else None
+        if not (extras := load_extras()):
+            raise SystemExit("--data-path, --denoiser-checkpoint and --reward need baselines/dna_extras.py")
+        reward = extras.load_reward(args.reward) if args.reward else None
     generated = (args.data_size, args.sequence_length, args.data_seed)
-    data, oracles = inputs.read_data(args) if args.data_path else generate_data(*generated), []
+    data, oracles = extras.read_data(args) if args.data_path else generate_data(*generated), []
     for half in (False, True):
         make = partial(train_oracle, data, half, run, args)
         oracles.append(from_cache(args, "oracle", (*data, half, *sizes), (Oracle, oracle_loss, make_optimizer), make))
     print("Spearman on the other half: " + ", ".join(f"{oracle['spearman']:.3f}" for oracle in oracles), flush=True)
     if args.denoiser_checkpoint:
-        model, pretrained = inputs.load_drakes(args)
+        model, pretrained = extras.load_drakes(args)
     else:
         model = Denoiser(args.hidden_dim, args.num_layers)
         sizes = (args.data_seed, args.pretrain_steps, args.pretrain_batch_size, args.pretrain_lr, args.pretrain_warmup)
-        code, make = (Denoiser, denoising_loss, make_optimizer), partial(train_denoiser, data, model, run, args)
+        key, tokens = jax.random.key(args.data_seed), jax.device_put(data.tokens, on_all())
+        params, folder, steps = model.init(key, tokens[:1]), run / "pretraining", args.pretrain_steps
+        make = partial(run_stage, "pretraining", params, steps, folder, key, model, tokens, args)
+        code = (Denoiser, denoising_loss, make_optimizer)
         pretrained = from_cache(args, "denoiser", (data.tokens, model, *sizes), code, make)
     pretrained, *oracles = jax.device_put((pretrained, *oracles), on_all())
     return Setup(data, model, pretrained, *oracles, reward or partial(predict, oracles[0]))
@@ -699,7 +637,7 @@ def finetune(setup: Setup, run: pathlib.Path, args: Args) -> dict:
     """The denoiser's parameters after fine-tuning, on-policy: every update has fresh samples of the current model."""
 
     def batch(params, key):
-        tokens = sample_model(params["model"], jax.random.fold_in(key, 0), setup.model, args)
+        tokens = sample_model(params["model"], jax.random.fold_in(key, 2), setup.model, args)
         values = {"reward": setup.reward(tokens), "pred_activity": predict(setup.judge, tokens)}
         values |= {} if args.data_path else {"true_activity": true_activity(tokens)}
         return (tokens, values["reward"]), {f"charts/{name}": jnp.median(value) for name, value in values.items()}
@@ -711,16 +649,17 @@ def finetune(setup: Setup, run: pathlib.Path, args: Args) -> dict:
 
 
 def report(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setup, args: Args) -> dict:
-    """Both samples' metrics, as a table and metrics.json, samples.fasta and the pictures."""
+    """Both samples' metrics, as a table and metrics.json, samples.fasta and, if load_extras finds them, pictures."""
     metrics = {"pretrained": compute_metrics(before, setup, args), "finetuned": compute_metrics(after, setup, args)}
     print(f"{'':24}{'pretrained':>12}{'finetuned':>12}")
     for name, value in metrics["pretrained"].items():
         print(f"{name:24}{value:12.3f}{metrics['finetuned'][name]:12.3f}")
     (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    records = zip(in_batches(partial(predict, setup.judge), after), decode(after), strict=True)
-    fasta = (f">{i} pred_activity={activity:.3f}\n{letters}\n" for i, (activity, letters) in enumerate(records))
-    (run / "samples.fasta").write_text("".join(fasta))
-    draw_pictures(run, before, after, setup, args)
+    records = zip(itertools.count(), in_batches(partial(predict, setup.judge), after), LETTERS[after])
+    records = (f">{i} pred_activity={y:.3f}\n{letters.tobytes().decode()}\n" for i, y, letters in records)
+    (run / "samples.fasta").write_text("".join(records))
+    if extras := load_extras():
+        extras.draw_pictures(run, before, after, setup, args)
     return metrics
 
 
@@ -749,8 +688,7 @@ def main(args: Args) -> dict:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if signals else signals.append(number))
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
-    start = time.perf_counter()
-    setup = prepare(run, args)
+    start, setup = time.perf_counter(), prepare(run, args)
     before, ready = draw(setup.pretrained, setup, args), time.perf_counter()
     after = draw(finetune(setup, run, args), setup, args)
     print(f"{ready - start:.0f} s to prepare, {time.perf_counter() - ready:.0f} s to fine-tune", flush=True)

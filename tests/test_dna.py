@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dna_finetune as dna
-from baselines import dna_guidance, dna_inputs
+from baselines import dna_guidance, dna_extras
 
 SCRIPT = ROOT / "dna_finetune.py"
 TINY = dict(data_size=1000, sequence_length=48, hidden_dim=8, num_layers=2, pretrain_steps=3, pretrain_batch_size=16)
@@ -59,7 +59,7 @@ def test_the_script_is_short_and_imports_nothing_of_this_repository():
 
 
 def test_public_functions_have_docstrings():
-    for module in (dna, dna_guidance, dna_inputs):
+    for module in (dna, dna_guidance, dna_extras):
         for node in ast.parse(pathlib.Path(module.__file__).read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Args":
                 assert ast.get_docstring(node), node.name
@@ -260,7 +260,7 @@ def test_generated_background_depletes_cpg_as_the_genome(data):
 def test_halves_are_of_whole_chromosomes(data):
     assert data.half.mean() == pytest.approx(0.5, abs=0.05)
     groups = np.repeat([f"chr{i}" for i in range(22)], 7)
-    half = dna.split_in_halves(groups)
+    half = dna_extras.split_in_halves(groups)
     assert half.sum() == 77 and all(len(set(half[groups == group])) == 1 for group in groups)
 
 
@@ -269,7 +269,7 @@ def put(sequence, site, start):
 
 
 def activity_of(*sequences):
-    return np.asarray(dna.true_activity(dna.encode(list(sequences))))
+    return np.asarray(dna.true_activity(dna_extras.encode(list(sequences))))
 
 
 NEUTRAL = "A" * 200
@@ -284,14 +284,16 @@ SITES = {
 
 def test_sites_are_found_on_both_strands_and_palindromes_once():
     reverse = SITES["ETS"].translate(str.maketrans("ACGT", "TGCA"))[::-1]
-    tokens = dna.encode([put(NEUTRAL, SITES["ETS"], 50), put(NEUTRAL, reverse, 60), put(NEUTRAL, SITES["CEBPA"], 70)])
+    tokens = dna_extras.encode(
+        [put(NEUTRAL, SITES["ETS"], 50), put(NEUTRAL, reverse, 60), put(NEUTRAL, SITES["CEBPA"], 70)]
+    )
     strength, is_reverse = map(np.asarray, dna.find_sites(tokens))
     ets, cebpa = dna.NAMES.index("ETS"), dna.NAMES.index("CEBPA")
     assert strength[0, 50, ets] == strength[1, 60, ets] == strength[2, 70, cebpa] == 1
     assert (is_reverse[0, 50, ets], is_reverse[1, 60, ets], is_reverse[2, 70, cebpa]) == (False, True, False)
     assert [(row == 1).sum() for row in strength] == [1, 1, 1]
     flawed = put(NEUTRAL, "ACCGGTAGT", 50)
-    assert np.asarray(dna.find_sites(dna.encode([flawed]))[0])[0, 50, ets] == np.float32(dna.WEAK_SITE)
+    assert np.asarray(dna.find_sites(dna_extras.encode([flawed]))[0])[0, 50, ets] == np.float32(dna.WEAK_SITE)
 
 
 def test_the_grammar_of_activity():
@@ -335,7 +337,7 @@ def random_rows(size, length=48, seed=0):
     rng = np.random.default_rng(seed)
     return [
         (s, f"{y:.3f}")
-        for s, y in zip(dna.decode(rng.integers(0, 4, (size, length))), rng.normal(size=size), strict=True)
+        for s, y in zip(dna_extras.decode(rng.integers(0, 4, (size, length))), rng.normal(size=size), strict=True)
     ]
 
 
@@ -343,8 +345,8 @@ def random_rows(size, length=48, seed=0):
 def test_data_files_of_each_format(tmp_path, name, capsys):
     rows = random_rows(300)
     path = write_table(tmp_path / name, [(s.lower(), y, "x") for s, y in rows], ("seq", "hepg2", "k562"), "tsv" in name)
-    data = dna_inputs.read_data(dna.Args(data_path=str(path), sequence_length=48))
-    assert dna.decode(data.tokens) == [s for s, _ in rows]
+    data = dna_extras.read_data(dna.Args(data_path=str(path), sequence_length=48))
+    assert dna_extras.decode(data.tokens) == [s for s, _ in rows]
     np.testing.assert_allclose(data.activity, [float(y) for _, y in rows], atol=1e-6)
     assert capsys.readouterr().out == f"{path}: 300 sequences; all rows used\n"
 
@@ -353,14 +355,14 @@ def test_columns_are_flags_and_an_elements_rows_stay_in_one_half(tmp_path):
     rows = [(f"e{i // 2}", s, y) for i, (s, y) in enumerate(random_rows(400))]
     path = write_table(tmp_path / "data.tsv", rows, ("element", "dna", "log2"), True)
     flags = dict(sequence_column="dna", activity_column="log2", split_column="element", sequence_length=48)
-    half = dna_inputs.read_data(dna.Args(data_path=str(path), **flags)).half
+    half = dna_extras.read_data(dna.Args(data_path=str(path), **flags)).half
     assert (half[::2] == half[1::2]).all() and half.sum() == 200
 
 
 def test_without_a_split_column_both_strands_stay_in_one_half(tmp_path):
     rows = random_rows(300)
     rows += [(s.translate(str.maketrans("ACGT", "TGCA"))[::-1], y) for s, y in rows]
-    half = dna_inputs.read_data(dna.Args(data_path=str(write_table(tmp_path / "d.csv", rows)), sequence_length=48)).half
+    half = dna_extras.read_data(dna.Args(data_path=str(write_table(tmp_path / "d.csv", rows)), sequence_length=48)).half
     assert (half[:300] == half[300:]).all() and 100 < half[:300].sum() < 200
 
 
@@ -368,7 +370,7 @@ def test_odd_rows_are_left_out_and_counted(tmp_path, capsys):
     rows = random_rows(300)
     odd = [("ACGT", "1"), ("N" * 48, "1"), (rows[0][0], "NA"), (rows[1][0], str(float(rows[1][1]) + 2)), ("", "1")]
     path = write_table(tmp_path / "d.csv", rows + odd)
-    data = dna_inputs.read_data(dna.Args(data_path=str(path), sequence_length=48))
+    data = dna_extras.read_data(dna.Args(data_path=str(path), sequence_length=48))
     assert len(data.tokens) == 300 and data.activity[1] == pytest.approx(float(rows[1][1]) + 1, abs=1e-5)
     out = capsys.readouterr().out
     notes = "1 not 48 long (first: row 302)", "1 with N (first: row 303)", "2 without a value (first: row 304)"
@@ -388,13 +390,13 @@ BAD_ROWS = {
 @pytest.mark.parametrize("message", BAD_ROWS)
 def test_bad_rows_are_named(tmp_path, message):
     path = write_table(tmp_path / "d.csv", [*random_rows(300), BAD_ROWS[message]])
-    line = error_line(dna_inputs.read_data, dna.Args(data_path=str(path), sequence_length=48))
+    line = error_line(dna_extras.read_data, dna.Args(data_path=str(path), sequence_length=48))
     assert line.startswith(f"--data-path {path}: ") and message.strip() in line
 
 
 def test_bad_files_end_in_one_line(tmp_path):
     def line(path, **flags):
-        return error_line(dna_inputs.read_data, dna.Args(data_path=str(path), sequence_length=48, **flags))
+        return error_line(dna_extras.read_data, dna.Args(data_path=str(path), sequence_length=48, **flags))
 
     assert "No such file" in line(tmp_path / "none.csv")
     assert "directory" in line(tmp_path)
@@ -461,12 +463,12 @@ def drakes_forward(state, x, dilations):
 
 def test_a_drakes_state_dict_makes_a_round_trip():
     state = drakes_state()
-    model, params = dna_inputs.convert(state)
+    model, params = dna_extras.convert(state)
     assert (model.hidden_dim, model.num_layers) == (128, 20)
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == sum(x.size for x in state.values()) == 3_326_661  # 3.33M
     back = {}
-    for path, key in dna_inputs.key_map(20).items():
+    for path, key in dna_extras.key_map(20).items():
         value = params["params"][path[0]] if len(path) == 1 else params["params"][path[0]][path[1]]
         back[key] = value.T[..., None] if "final_conv" in key and value.ndim == 2 else value.T
     assert back.keys() == state.keys() and all(np.array_equal(back[key], state[key]) for key in state)
@@ -475,7 +477,7 @@ def test_a_drakes_state_dict_makes_a_round_trip():
 @pytest.mark.parametrize(("hidden", "layers"), [(16, 5), pytest.param(128, 20, marks=pytest.mark.slow)])
 def test_a_drakes_network_computes_what_a_numpy_reference_does(hidden, layers):
     state, x = drakes_state(hidden, layers), np.random.default_rng(1).integers(0, 5, (2, 200))
-    model, params = dna_inputs.convert(state)
+    model, params = dna_extras.convert(state)
     dilations = np.repeat([1, 4, 16, 64], [2 * layers // 5, *[layers // 5] * 3])
     expected = drakes_forward(state, x, dilations)[..., :4]
     np.testing.assert_allclose(model.apply(params, x), expected, atol=2e-4 * np.abs(expected).max())
@@ -490,7 +492,7 @@ def test_a_drakes_state_dict_that_does_not_fit_is_refused():
     ]:
         changed = {key: value for key, value in (state | change).items() if value is not None}
         with pytest.raises(ValueError, match=message):
-            dna_inputs.convert(changed)
+            dna_extras.convert(changed)
 
 
 def test_drakes_files(tmp_path):
@@ -498,16 +500,16 @@ def test_drakes_files(tmp_path):
     torch = pytest.importorskip("torch")
     state = drakes_state(8, 2)
     torch.save({"state_dict": {key: torch.tensor(value) for key, value in state.items()}}, tmp_path / "drakes.ckpt")
-    model, params = dna_inputs.load_drakes(args)
-    expected = dna_inputs.convert(state)[1]
+    model, params = dna_extras.load_drakes(args)
+    expected = dna_extras.convert(state)[1]
     assert model.num_layers == 2 and jax.tree.all(jax.tree.map(np.array_equal, params, expected))
     (tmp_path / "drakes.ckpt").write_bytes(b"damaged")
-    assert "--denoiser-checkpoint" in error_line(dna_inputs.load_drakes, args)
+    assert "--denoiser-checkpoint" in error_line(dna_extras.load_drakes, args)
 
 
 def test_drakes_needs_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert "[torch]" in error_line(dna_inputs.load_drakes, dna.Args(denoiser_checkpoint="x.ckpt"))
+    assert "[torch]" in error_line(dna_extras.load_drakes, dna.Args(denoiser_checkpoint="x.ckpt"))
 
 
 # ------------------------------------------------------- metrics -------------------------------------------------------
@@ -530,9 +532,9 @@ def test_metrics_against_plain_loops():
     pairs = [np.mean(a != b) * 48 for i, a in enumerate(tokens) for j, b in enumerate(tokens) if i != j]
     assert metrics["hamming_distance"] == pytest.approx(np.mean(pairs))
     assert metrics["unique_fraction"] == pytest.approx(11 / 12)
-    text = dna.decode(tokens)
+    text = dna_extras.decode(tokens)
     assert metrics["gc"] == pytest.approx(sum(s.count("G") + s.count("C") for s in text) / 12 / 48)
-    top = dna.decode(setup.data.tokens[np.argsort(-setup.data.activity)[:10]])
+    top = dna_extras.decode(setup.data.tokens[np.argsort(-setup.data.activity)[:10]])
     kmers = [a + b + c for a in "ACGT" for b in "ACGT" for c in "ACGT"]
     counts = [[sum(s[i : i + 3] == k for s in part for i in range(46)) for k in kmers] for part in (text, top)]
     assert metrics["kmer_pearson"] == pytest.approx(np.corrcoef(counts)[0, 1], abs=1e-6)
@@ -748,12 +750,12 @@ def test_rewards_are_plugged_in_by_name_or_refused(tmp_path, monkeypatch):
         "def gc(sequences):\n    return [s.count('G') + s.count('C') for s in sequences]\n"
         "def short(sequences):\n    return [1.0]\n\ndef nan(sequences):\n    return [float('nan')] * len(sequences)\n"
     )
-    tokens = dna.encode(["ACGT", "GGGC"])
-    np.testing.assert_array_equal(dna_inputs.load_reward("my_rewards:gc")(tokens), [2, 4])
-    assert "finite numbers" in error_line(dna_inputs.load_reward("my_rewards:short"), tokens)
-    assert "finite numbers" in error_line(dna_inputs.load_reward("my_rewards:nan"), tokens)
+    tokens = dna_extras.encode(["ACGT", "GGGC"])
+    np.testing.assert_array_equal(dna_extras.load_reward("my_rewards:gc")(tokens), [2, 4])
+    assert "finite numbers" in error_line(dna_extras.load_reward("my_rewards:short"), tokens)
+    assert "finite numbers" in error_line(dna_extras.load_reward("my_rewards:nan"), tokens)
     for name in ("my_rewards", "my_rewards:none", "no_such_module:f"):
-        assert f"--reward {name} must be module:function" in error_line(dna_inputs.load_reward, name)
+        assert f"--reward {name} must be module:function" in error_line(dna_extras.load_reward, name)
 
 
 # ------------------------------------------------------- baselines -------------------------------------------------------

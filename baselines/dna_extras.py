@@ -1,6 +1,6 @@
-"""What a user may bring to dna_finetune.py: a data file, a pretrained denoiser of DRAKES, a reward of their own.
+"""What dna_finetune.py can do without: data files, rewards of your own, DRAKES checkpoints, and the pictures of a run.
 
-Used by the flags --data-path, --denoiser-checkpoint (needs PyTorch: `pip install -e ".[torch]"`) and --reward.
+Used by the flags --data-path, --reward and --denoiser-checkpoint (which needs PyTorch: `pip install -e ".[torch]"`).
 """
 
 import csv
@@ -14,14 +14,45 @@ import re
 import sys
 import zlib
 from collections import defaultdict
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
-from dna_finetune import Args, Data, Denoiser, decode, encode, split_in_halves
+from dna_finetune import (
+    CONSENSUS,
+    EFFECT,
+    LETTERS,
+    NAMES,
+    Args,
+    Data,
+    Denoiser,
+    Setup,
+    find_sites,
+    in_batches,
+    predict,
+    true_activity,
+)
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(E[-+]?\d+)?")
+
+
+def decode(tokens: np.ndarray) -> list[str]:
+    """N sequences of letters from tokens (N, L)."""
+    return [row.tobytes().decode() for row in LETTERS[np.asarray(tokens)]]
+
+
+def encode(sequences: list[str]) -> np.ndarray:
+    """Tokens (N, L), uint8, of N equally long sequences of A, C, G and T."""
+    letters = np.frombuffer("".join(sequences).encode(), np.uint8).reshape(len(sequences), -1)
+    return np.searchsorted(LETTERS, letters).astype(np.uint8)
+
+
+def split_in_halves(groups: np.ndarray) -> np.ndarray:
+    """Halves (N,), bool: every other group of the sorted ones, with all its rows."""
+    return np.unique(groups, return_inverse=True)[1] % 2 == 1
 
 
 def read_data(args: Args) -> Data:
@@ -139,3 +170,31 @@ def load_drakes(args: Args) -> tuple[Denoiser, dict]:
     except Exception as error:  # what is in a file may fail in any way
         hint = "" if args.trust_checkpoint else " (if it holds more than tensors: --trust-checkpoint)"
         raise SystemExit(f"--denoiser-checkpoint {path}: {' '.join(str(error).split())[:150]}{hint}") from None
+
+
+def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setup, args: Args) -> None:
+    """activities.png, learning.png and motifs.png: distributions, curves, and the sites along the best samples."""
+    functions = {"the evaluation oracle": partial(predict, setup.judge), "the truth": true_activity}
+    figures = [Figure((10, size), layout="constrained") for size in (3.5, 3.5, 6)]
+    for axes, (name, function) in zip(figures[0].subplots(1, 2), functions.items(), strict=True):
+        for label, tokens in (("pretrained", before), ("fine-tuned", after)):
+            axes.hist(in_batches(function, tokens), 40, alpha=0.6, label=label)
+        axes.set(xlabel=f"activity by {name}", ylabel="samples", visible=name != "the truth" or not args.data_path)
+        axes.legend()
+    if (run / "scalars.csv").exists():  # not of a method without training
+        table = np.genfromtxt(run / "scalars.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        for name in (name for name in table.dtype.names if "activity" in name or "reward" in name or "_share" in name):
+            axes = figures[1].axes or figures[1].subplots(1, 2)
+            axes[int("weights" in name)].plot(table["update"], table[name], label=name.split("/")[1])
+        for axes in figures[1].axes:
+            axes.set(xlabel="update")
+            axes.legend()
+    axes, best = figures[2].subplots(), after[np.argsort(-in_batches(functions["the evaluation oracle"], after))[:30]]
+    for k, consensus in enumerate(CONSENSUS):
+        rows, starts = np.nonzero(np.asarray(find_sites(best)[0])[..., k] == 1)
+        hatch = "///" if EFFECT[k] < 0 else None
+        axes.barh(rows, len(consensus), left=starts, color=f"C{k % 10}", label=NAMES[k], hatch=hatch)
+    axes.set(xlabel="position", ylabel="rank by predicted activity", xlim=(0, after.shape[1]), ylim=(30, -1))
+    figures[2].legend(loc="outside right upper")
+    for figure, name in zip(figures, ("activities", "learning", "motifs"), strict=True):
+        figure.savefig(run / f"{name}.png", dpi=120)
