@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dna_finetune as dna
-from baselines import dna_guidance, dna_extras
+from baselines import dna_extras, dna_guidance
 
 SCRIPT = ROOT / "dna_finetune.py"
 TINY = dict(data_size=1000, sequence_length=48, hidden_dim=8, num_layers=2, pretrain_steps=3, pretrain_batch_size=16)
