@@ -47,7 +47,7 @@ def error_line(function, *args):
     return message
 
 
-# ---------------------------------------------------- the file ----------------------------------------------------
+# ------------------------------------------------------ the file -----------------------------------------------------
 def test_the_script_is_short_and_imports_nothing_of_this_repository():
     source = SCRIPT.read_text()
     assert len(source.splitlines()) <= 700
@@ -233,7 +233,7 @@ def test_the_loss_is_the_weighted_sum_over_each_group():
     assert float(scalars["weights/negative_share"]) == np.mean(z < 0)
 
 
-# --------------------------------------------------- generated data ---------------------------------------------------
+# --------------------------------------------------- generated data --------------------------------------------------
 @pytest.fixture(scope="module")
 def data():
     return dna.generate_data(20_000, 200, 0)
@@ -300,8 +300,9 @@ def test_the_grammar_of_activity():
     one = put(NEUTRAL, SITES["HNF1A"], 94)
     far, near = put(one, SITES["HNF4A"], 10), put(one, SITES["HNF4A"], 70)
     other = put(one, SITES["HNF1A"], 10)
-    values = dict(zip(("none", "one", "far", "near", "twice", "repressed", "border"), activity_of(
-        NEUTRAL, one, far, near, other, put(near, SITES["SNAI/ZEB"], 150), put(NEUTRAL, SITES["HNF1A"], 0)), strict=True))  # fmt: skip
+    sequences = {"none": NEUTRAL, "one": one, "far": far, "near": near, "twice": other}
+    sequences |= {"repressed": put(near, SITES["SNAI/ZEB"], 150), "border": put(NEUTRAL, SITES["HNF1A"], 0)}
+    values = dict(zip(sequences, activity_of(*sequences.values()), strict=True))
     assert values["none"] == pytest.approx(dna.SILENT, abs=1e-4)
     assert values["one"] > values["border"] > values["none"]  # position
     assert values["near"] > values["far"] + 0.1  # a pair within 35 bp
@@ -325,7 +326,7 @@ def test_the_best_designed_sequences_come_near_nine(data):
     assert 8.7 < value.max() < 9.5
 
 
-# ----------------------------------------------------- data files -----------------------------------------------------
+# ----------------------------------------------------- data files ----------------------------------------------------
 def write_table(path, rows, header=("seq", "hepg2"), tab=False):
     lines = [("\t" if tab else ",").join(map(str, row)) for row in (header, *rows)]
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
@@ -417,7 +418,7 @@ def test_bad_files_end_in_one_line(tmp_path):
     assert "two different" in line(same, split_column="chr")
 
 
-# -------------------------------------------------- DRAKES checkpoints --------------------------------------------------
+# ------------------------------------------------- DRAKES checkpoints ------------------------------------------------
 def drakes_state(hidden=128, layers=20, seed=0):
     """A state dict of DRAKES' shapes (PyTorch's order) with random numbers."""
     rng, keys = np.random.default_rng(seed), {}
@@ -512,7 +513,7 @@ def test_drakes_needs_torch(monkeypatch):
     assert "[torch]" in error_line(dna_extras.load_drakes, dna.Args(denoiser_checkpoint="x.ckpt"))
 
 
-# ------------------------------------------------------- metrics -------------------------------------------------------
+# ------------------------------------------------------ metrics ------------------------------------------------------
 def make_setup(**flags):
     args = dna.check_args(dna.Args(**(TINY | flags)))
     data = dna.generate_data(args.data_size, args.sequence_length, 0)
@@ -559,7 +560,7 @@ def test_the_mask_has_no_logit_and_oracles_take_tokens_and_letters():
     assert np.array_equal(dna.predict(setup.oracle, tokens), dna.predict(setup.oracle, jax.nn.one_hot(tokens, 4)))
 
 
-# ------------------------------------------------------- learning -------------------------------------------------------
+# ------------------------------------------------------ learning -----------------------------------------------------
 def test_fine_tuning_raises_a_simple_reward(tmp_path):
     """Reward: the share of A. Forty updates raise it far above a quarter."""
     setup, args = make_setup(num_updates=40, learning_rate=1e-2, group_size=16, checkpoint_frequency=0)
@@ -589,7 +590,7 @@ def test_divergence_ends_in_one_line_that_names_the_last_good_checkpoint(tmp_pat
     assert re.search(r"finetuning diverged at update \d+: .*not finite; last good checkpoint: ", message)
 
 
-# ------------------------------------------------------ whole runs ------------------------------------------------------
+# ----------------------------------------------------- whole runs ----------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of the script by the command line, with its folder."""
@@ -630,7 +631,7 @@ def test_the_second_run_takes_model_and_oracles_from_the_cache(finished):
 
 
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(finished, tmp_path):
-    """SIGTERM after an update: a checkpoint and exit 143; --resume ends with the same parameters and samples, bitwise."""
+    """SIGTERM after an update: a checkpoint and exit 143; --resume ends with the same samples and metrics, bitwise."""
     cwd, run, _ = finished
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "cache").symlink_to(cwd / "runs" / "cache")
@@ -758,7 +759,7 @@ def test_rewards_are_plugged_in_by_name_or_refused(tmp_path, monkeypatch):
         assert f"--reward {name} must be module:function" in error_line(dna_extras.load_reward, name)
 
 
-# ------------------------------------------------------- baselines -------------------------------------------------------
+# ----------------------------------------------------- baselines -----------------------------------------------------
 def guidance_setup(**flags):
     setup, args = make_setup()
     return setup, dna_guidance.Args(**(TINY | flags))
@@ -815,7 +816,7 @@ def test_baselines_run_as_a_program(finished):
     assert done.returncode == 1 and done.stderr.startswith("--reward") and done.stderr.count("\n") == 1
 
 
-# --------------------------------------------------------- slow ---------------------------------------------------------
+# -------------------------------------------------------- slow -------------------------------------------------------
 @pytest.mark.slow
 def test_two_processes_share_a_run(tmp_path):
     """jax.distributed over two processes of one device each writes one run with the metrics of a single process."""
@@ -826,6 +827,7 @@ def test_two_processes_share_a_run(tmp_path):
         f"dna.main(dna.Args(cache_path=f'cache{{i}}', **{TINY!r}))\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(i)], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) for i in (0, 1)]  # fmt: skip
+    kwargs = dict(cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(i)], **kwargs) for i in (0, 1)]
     outputs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
