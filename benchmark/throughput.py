@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py --script gempo_linear --env-id HalfCheetah-v5
     python benchmark/throughput.py --script gempo_neg --env-id Humanoid-v5 --num-particles 32 --json
+    python benchmark/throughput.py --script dna_finetune      # at its defaults; sequences a second
 
 The update's FLOPs are counted from the shapes of its matrix products; the rate they could run at is that of the best
 product of (particles, hidden_dim) x (hidden_dim, hidden_dim) measured in the same run; FLOPs over rate is the floor.
@@ -34,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    script: Literal["gempo_exp", "gempo_linear", "gempo_square", "gempo_neg"] = "gempo_linear"  # the script to measure
+    # the script to measure; dna_finetune looks at --repeats and --json alone
+    script: Literal["gempo_exp", "gempo_linear", "gempo_square", "gempo_neg", "dna_finetune"] = "gempo_linear"
     env_id: str = "HalfCheetah-v5"  # gymnasium id
     num_envs: int = 1  # environments stepped side by side
     updates_per_step: int = 1  # updates per environment step
@@ -185,15 +187,68 @@ def measure(args: Args) -> dict:
     }
 
 
+def measure_dna(args: Args) -> dict:
+    """One update of dna_finetune.py at its defaults, sampling and gradient; the floor is that of its convolutions."""
+    dna = importlib.import_module("dna_finetune")
+    sizes = dna.check_args(dna.Args())
+    hidden, length, batch = sizes.hidden_dim, sizes.sequence_length, sizes.num_groups * sizes.group_size
+    model, key = dna.Denoiser(hidden, sizes.num_layers), jax.random.key(0)
+    params = model.init(key, jnp.zeros((1, length), jnp.uint8))
+    oracle = dna.Oracle(sizes.oracle_dim)
+    oracle = {"params": oracle.init(key, jnp.zeros((1, length, 4))), "mean": jnp.zeros(()), "std": jnp.ones(())}
+    state = {"params": {"model": params, "log_lambda": jnp.zeros(())}}
+    state["opt_state"] = dna.make_optimizer("finetuning", sizes).init(state["params"])
+
+    def sample():
+        return dna.sample_model(state["params"]["model"], key, model, sizes)
+
+    def update():
+        nonlocal state
+        tokens = sample()
+        batch = (tokens, dna.predict(oracle, tokens))
+        state, scalars = dna.train_step(state, key, batch, "finetuning", model, sizes)
+        return scalars
+
+    start = time.perf_counter()
+    jax.block_until_ready(update())
+    compile_s = time.perf_counter() - start
+    # Ten convolutions in a chain, of the shape of a residual layer's.
+    x, w = jnp.ones((batch, length, hidden)), jnp.full((9, hidden, hidden), 1.0 / (9 * hidden))
+    dims = dict(padding="SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    conv = partial(jax.lax.conv_general_dilated, rhs=w, window_strides=(1,), **dims)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, x: conv(x), x))
+    jax.block_until_ready(chain(x))
+    best = min(median_ms(lambda: chain(x), 1) for _ in range(max(args.repeats, 5)))
+    layer = 2.0 * batch * length * 9 * hidden**2
+    gflops = 10 * layer / best / 1e6
+    forward = layer * sizes.num_layers + 2.0 * batch * length * (45 * hidden + hidden**2 + 5 * hidden)
+    flop = forward * (sizes.sample_steps + 1 + 3 * sizes.times_per_sample)
+    update_ms, sample_ms = median_ms(update, args.repeats), median_ms(sample, args.repeats)
+    floor_ms = flop / gflops / 1e6
+    return {
+        "device": f"{device_name()}, {os.cpu_count()} CPU cores",
+        "jax": f"{jax.__version__}, Python {platform.python_version()}",
+        "compile_s": compile_s,
+        "update_ms": update_ms,
+        "sample_ms": sample_ms,
+        "sequences_per_second": batch / update_ms * 1e3,
+        "sampled_sequences_per_second": batch / sample_ms * 1e3,
+        "update_gflop": flop / 1e9,
+        "conv_gflops": gflops,
+        "floor_ms": floor_ms,
+        "update_over_floor": update_ms / floor_ms,
+    }
+
+
 def main(args: Args) -> None:
     """Measure and print."""
     if args.repeats < 1 or not args.seconds > 0:
         raise SystemExit(f"--repeats must be at least 1 and --seconds above 0, got {args.repeats} and {args.seconds}")
-    figures = measure(args)
+    figures = measure_dna(args) if args.script == "dna_finetune" else measure(args)
     if args.json:
         print(json.dumps(figures))
         return
-    print(f"{args.script} on {args.env_id}")
+    print(args.script if args.script == "dna_finetune" else f"{args.script} on {args.env_id}")
     for name, value in figures.items():
         print(f"{name:18} {value:.4g}" if isinstance(value, float) else f"{name:18} {value}")
 

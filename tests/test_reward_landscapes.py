@@ -12,9 +12,13 @@ from conftest import ROOT
 from helpers import SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.reward_landscapes import ACTION_REPEAT, LANDSCAPES, landscape_reward
-from benchmark.reward_landscapes import Args as FigureArgs
-from benchmark.reward_landscapes import main as draw_figure
+from benchmark.reward_landscapes import (
+    ACTION_REPEAT,
+    LANDSCAPES,
+    Args as FigureArgs,
+    landscape_reward,
+    main as draw_figure,
+)
 
 DOMAINS = ("cheetah", "walker")
 
