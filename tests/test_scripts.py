@@ -201,27 +201,31 @@ def test_a_saved_model_restores_and_acts_the_same(alone, in_process):
     assert (untrained != theirs).any()
 
 
-def test_every_episode_of_every_environment_is_logged_at_its_step(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script, first = SCRIPTS["exp"], next(probe_envs.Probe.counter) + 1
-    flags = dict(env_id="Counting-v0", num_envs=3, total_timesteps=48, learning_starts=47, eval_frequency=0)
-    script.main(script.Args(**TINY | flags))
-    scalars = read_scalars(tmp_path)
-    # Environment i pays its number at each of 4 steps, and steps 3 k + i + 1; there are 16 steps of 3 environments.
-    ends = [(3 * (4 * episode + 3) + i + 1, i) for episode in range(4) for i in range(3)]
-    assert scalars["charts/episodic_return"] == [(step, 4 * (first + i)) for step, i in ends]
+@pytest.fixture
+def three_probes(tmp_path, monkeypatch):
+    """A function of an environment's id: its scalars, and each episode's last step and its environment's number."""
+
+    def run(env_id):
+        monkeypatch.chdir(tmp_path)
+        first = next(probe_envs.Probe.counter) + 1
+        flags = dict(env_id=env_id, num_envs=3, total_timesteps=48, learning_starts=47, eval_frequency=0)
+        SCRIPTS["exp"].main(SCRIPTS["exp"].Args(**TINY | flags))
+        # Environment i pays its number at each of 4 steps, and steps 3 k + i + 1; there are 16 steps of 3 environments.
+        return read_scalars(tmp_path), [(3 * (4 * n + 3) + i + 1, first + i) for n in range(4) for i in range(3)]
+
+    return run
+
+
+def test_every_episode_of_every_environment_is_logged_at_its_step(three_probes):
+    scalars, ends = three_probes("Counting-v0")
+    assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
     assert scalars["charts/episodic_length"] == [(step, 4) for step, _ in ends]
 
 
-def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script, first = SCRIPTS["linear"], next(probe_envs.Probe.counter) + 1
-    flags = dict(env_id="OwnCharts-v0", num_envs=3, total_timesteps=48, learning_starts=47, eval_frequency=0)
-    script.main(script.Args(**TINY | flags))
-    scalars = read_scalars(tmp_path)
-    ends = [(3 * (4 * episode + 3) + i + 1, i) for episode in range(4) for i in range(3)]  # as in the test above
-    assert scalars["charts/number"] == [(step, first + i) for step, i in ends]
-    assert scalars["charts/episodic_return"] == [(step, 4 * (first + i)) for step, i in ends]
+def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(three_probes):
+    scalars, ends = three_probes("OwnCharts-v0")
+    assert scalars["charts/number"] == ends
+    assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
     assert not [tag for tag in scalars if tag.startswith("charts/_")]
 
 
