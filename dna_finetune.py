@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax", "jax>=0.5", "optax", "orbax-checkpoint", "scipy", "tensorboardX", "tyro>=0.9"]
+# dependencies = ["flax", "jax>=0.5", "optax", "orbax-checkpoint", "scipy", "tensorboardX", "tqdm", "tyro>=0.9"]
 # ///
 """GeMPO on DNA: fine-tune a masked diffusion model of regulatory sequences toward high enhancer activity.
 
@@ -17,6 +17,7 @@ activity is known exactly, so that true_activity shows where the oracles are foo
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`; baselines: baselines/dna_guidance.py.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -44,7 +45,10 @@ import tyro
 from flax import serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import stats
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tqdm import tqdm
 
 # =================================================== ARGUMENTS ===================================================
 Count = Annotated[int, "a whole number, at least 1", lambda v: v >= 1]
@@ -86,11 +90,11 @@ class Args:
     exp_temperature: Positive = 0.1  # zscore: temperature of exp, in units of the reward
     target_kl: Positive = 1.5  # simplex: KL budget of the weights in nats (kappa), below log(group_size)
     temperature_lr: Positive = 0.03  # simplex: learning rate of log lambda
-    num_updates: Count = 150  # updates of the fine-tuning
+    num_updates: Count = 100  # updates of the fine-tuning
     num_groups: Count = 4  # groups per update
     group_size: Several = 32  # samples per group, which are weighted against each other
     times_per_sample: Count = 4  # noise levels at which an update denoises each sample (the authors: 1)
-    sample_steps: Count = 20  # denoising steps of the sampler (T)
+    sample_steps: Count = 40  # denoising steps of the sampler (T)
     learning_rate: Positive = 1e-3  # learning rate of the fine-tuning (Adam)
     grad_clip: Positive = 10.0  # largest norm of the fine-tuning's gradient
     eval_samples: Several = 640  # samples of an evaluation
@@ -460,11 +464,6 @@ def sample_model(params, key: jax.Array, model: Denoiser, args: Args) -> jax.Arr
 signals = []  # SIGTERM and SIGINT so far: at the first the update ends and a checkpoint is written
 
 
-def checksum(tree: Any) -> np.ndarray:
-    """CRC-32 of all arrays of a tree: Orbax does not see a flipped bit."""
-    return np.array([zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)))])
-
-
 def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, batch, args: Args, every: int = 10):
     """The parameters after `total` updates of `train_step`, from the last checkpoint in `folder` on.
 
@@ -476,48 +475,42 @@ def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, 
     saver = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
     if first := saver.latest_step() or 0:
         try:
-            target = {"state": state, "checksum": checksum(state)}
-            saved = saver.restore(first, args=ocp.args.StandardRestore(target))
-            if checksum(state := saved["state"]) != saved["checksum"]:
-                raise ValueError("its checksum is wrong")
+            [array] = saver.restore(first, args=ocp.args.StandardRestore())
+            saved = jax.device_put(serialization.from_bytes(state, zlib.decompress(array)), on_all())
+            state = jax.tree.map(lambda old, new: new.reshape(old.shape), state, saved)  # fails for another network's
         except Exception as error:  # the files may hold anything
             reason = " ".join(str(error).split())[:150]
             raise SystemExit(f"--resume: checkpoint {folder}/checkpoints/{first} is of no use: {reason}") from None
-    start, frequency, is_writer = time.perf_counter(), args.checkpoint_frequency * every, jax.process_index() == 0
-    writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None) if is_writer else None
-    for update in range(first + 1, total + 1):
+    frequency, is_writer = args.checkpoint_frequency * every, jax.process_index() == 0
+    shown = {"oracle": "losses/squared_error", "pretraining": "losses/nats_per_sequence"}.get(stage, "charts/reward")
+    seldom = 0.1 if sys.stderr.isatty() else 20.0  # seconds between two states of the bar: a log file wants few
+    bar = tqdm(range(first + 1, total + 1), stage, total, initial=first, mininterval=seldom, disable=not is_writer)
+    log = EventsWriter(f"{folder}/events", f".{first}") if is_writer else None
+    if is_writer and first:  # what an interrupted run logged after its checkpoint comes again, and counts no more
+        log.write_event(Event(wall_time=time.time(), step=first + 1, session_log=SessionLog(status=SessionLog.START)))
+    for update in bar:
         update_key = jax.random.fold_in(key, update)
         data, more = batch(state["params"], update_key) if callable(batch) else (batch, {})
         state, scalars = train_step(state, update_key, data, stage, model, args)
         saving = frequency and (update % frequency == 0 or update == total or signals)
-        if saving or update % every == 0 or update == total:
-            scalars = {name: float(value) for name, value in jax.device_get(more | scalars).items()}
-            if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
-                last = f"{folder}/checkpoints/{saver.latest_step()}" if saver.latest_step() else "none"
-                bad = f"{stage} diverged at update {update}: {', '.join(bad)} not finite"
-                raise SystemExit(f"{bad}; last good checkpoint: {last}")
-            if is_writer:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, update)
-                with open(folder / "scalars.csv", "a") as table:  # after a resume, the later of two lines counts
-                    table.write("" if table.tell() else ",".join(("update", *scalars)) + "\n")
-                    table.write(",".join(map(str, (update, *scalars.values()))) + "\n")
-                show_progress(stage, update, first, total, start, scalars)
-        if saving:
-            saver.save(update, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}), force=True)
+        try:
+            if saving or update % every == 0 or update == total:
+                scalars = {name: float(value) for name, value in jax.device_get(more | scalars).items()}
+                if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
+                    last = f"last checkpoint in {folder}: {saver.latest_step() or 'none'}"
+                    raise SystemExit(f"{stage} diverged at update {update}: {', '.join(bad)} not finite; {last}")
+                bar.set_postfix_str(f"{shown.split('/')[1]} {scalars[shown]:.2f}", refresh=False)
+                for tag, value in scalars.items() if is_writer else ():
+                    log.write_event(Event(wall_time=time.time(), step=update, summary=summary.scalar(tag, value)))
+                    log.flush()
+            if saving:
+                array = np.frombuffer(zlib.compress(serialization.to_bytes(state), 0), np.uint8)  # with a checksum
+                saver.save(update, args=ocp.args.StandardSave([array]), force=True)
+        except (OSError, ValueError) as error:  # a full disk, for one; Orbax raises the latter
+            raise SystemExit(f"{stage} stopped at update {update}: {error}; earlier checkpoints are kept") from None
         if signals:
             raise SystemExit(128 + signals[0])
     return state["params"]
-
-
-def show_progress(stage: str, update: int, first: int, total: int, start: float, scalars: dict) -> None:
-    """A bar on a terminal, elsewhere a line for each tenth: stage, share done, reward or loss, time left."""
-    left = int((time.perf_counter() - start) / (update - first) * (total - update))
-    name = next(n for n in ("charts/reward", "losses/nats_per_sequence", "losses/squared_error") if n in scalars)
-    line = f"{stage:11}{update:7}/{total} [{'#' * (20 * update // total):20}] {name.split('/')[1]} {scalars[name]:.2f}"
-    if sys.stderr.isatty() or 10 * update // total > 10 * (update - 1) // total:
-        end = "\r" if sys.stderr.isatty() and update < total else "\n"
-        print(f"{line}, {left // 60}:{left % 60:02} left  ", end=end, file=sys.stderr, flush=True)
 
 
 def from_cache(args: Args, name: str, inputs: tuple, code: tuple, make) -> Any:
@@ -660,6 +653,8 @@ def report(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setu
     (run / "samples.fasta").write_text("".join(records))
     if extras := load_extras():
         extras.draw_pictures(run, before, after, setup, args)
+    else:
+        print("no pictures: they need baselines/dna_extras.py")
     return metrics
 
 
@@ -687,6 +682,11 @@ def main(args: Args) -> dict:
     run, args = open_run(args, args.weighting, "dna_finetune")
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if signals else signals.append(number))
+    try:
+        lock = open(run / f"lock{jax.process_index()}", "w")  # noqa: SIM115 (it is freed at the end)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise SystemExit(f"{run} cannot be written, or another process is writing it: {error}") from None
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
     start, setup = time.perf_counter(), prepare(run, args)
     before, ready = draw(setup.pretrained, setup, args), time.perf_counter()

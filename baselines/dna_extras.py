@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dna_finetune import (
     CONSENSUS,
@@ -181,14 +182,15 @@ def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setu
             axes.hist(in_batches(function, tokens), 40, alpha=0.6, label=label)
         axes.set(xlabel=f"activity by {name}", ylabel="samples", visible=name != "the truth" or not args.data_path)
         axes.legend()
-    if (run / "scalars.csv").exists():  # not of a method without training
-        table = np.genfromtxt(run / "scalars.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        for name in (name for name in table.dtype.names if "activity" in name or "reward" in name or "_share" in name):
+    log = EventAccumulator(str(run)).Reload()
+    for name in log.Tags()["scalars"]:  # none of a method without training
+        if "activity" in name or "reward" in name or "_share" in name:
             axes = figures[1].axes or figures[1].subplots(1, 2)
-            axes[int("weights" in name)].plot(table["update"], table[name], label=name.split("/")[1])
-        for axes in figures[1].axes:
-            axes.set(xlabel="update")
-            axes.legend()
+            updates, values = zip(*((event.step, event.value) for event in log.Scalars(name)), strict=True)
+            axes[int("weights" in name)].plot(updates, values, label=name.split("/")[1])
+    for axes in figures[1].axes:
+        axes.set(xlabel="update")
+        axes.legend()
     axes, best = figures[2].subplots(), after[np.argsort(-in_batches(functions["the evaluation oracle"], after))[:30]]
     for k, consensus in enumerate(CONSENSUS):
         rows, starts = np.nonzero(np.asarray(find_sites(best)[0])[..., k] == 1)

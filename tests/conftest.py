@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
+import pytest
 from hypothesis import settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -19,3 +21,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Derandomized: a failure is the same for everyone. No deadline: the first example of a shape compiles.
 settings.register_profile("gempo", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("gempo")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -331,18 +331,6 @@ def test_a_buffer_beyond_the_memory_is_refused_with_the_size_that_fits(tmp_path,
     assert 10**6 < int(re.search(r"\d+", stop.value.code)[0]) < 10**12 and not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_resumes(small_disk, monkeypatch, capsys):
     monkeypatch.chdir(small_disk)
     evaluate, full = SCRIPT.evaluate, []

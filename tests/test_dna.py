@@ -1,12 +1,14 @@
 """dna_finetune.py: its process, sampler, weights, data files, checkpoints and errors against known answers."""
 
 import ast
+import fcntl
 import gzip
 import json
 import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import optax
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings, strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dna_finetune as dna
 from baselines import dna_extras, dna_guidance
@@ -35,6 +38,14 @@ def run_script(*flags, cwd, script=SCRIPT, env=None, **kwargs):
     command = [sys.executable, str(script), *map(str, flags)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **kwargs)
+
+
+def read_scalars(folder):
+    """The values of each TensorBoard tag in `folder`; their steps must be 1, 2, 3 and so on."""
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    assert all([event.step for event in series] == list(range(1, len(series) + 1)) for series in scalars.values())
+    return {name: [event.value for event in series] for name, series in scalars.items()}
 
 
 def error_line(function, *args):
@@ -53,7 +64,7 @@ def test_the_script_is_short_and_imports_nothing_of_this_repository():
     nodes = list(ast.walk(ast.parse(source)))
     names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    allowed = {"flax", "jax", "matplotlib", "numpy", "optax", "orbax", "scipy", "tensorboardX", "tyro"}
+    allowed = {"flax", "jax", "numpy", "optax", "orbax", "scipy", "tensorboardX", "tqdm", "tyro"}
     assert names <= allowed | set(sys.stdlib_module_names)
 
 
@@ -582,14 +593,14 @@ def test_simplex_weights_learn_too_and_the_temperature_moves(tmp_path):
     before = (dna.draw(setup.pretrained, setup, args) == 0).mean()
     params = dna.finetune(setup, tmp_path, args)
     assert (dna.draw(params, setup, args) == 0).mean() > before + 0.25
-    table = np.genfromtxt(tmp_path / "scalars.csv", delimiter=",", names=True, deletechars="")
-    assert table["charts/temperature"][-1] < 0.9 and table["weights/mean"][-1] == pytest.approx(1 / 16, abs=1e-5)
+    scalars = read_scalars(tmp_path)
+    assert scalars["charts/temperature"][-1] < 0.9 and scalars["weights/mean"][-1] == pytest.approx(1 / 16, abs=1e-5)
 
 
 def test_divergence_ends_in_one_line_that_names_the_last_good_checkpoint(tmp_path):
     setup, args = make_setup(learning_rate=1e30, num_updates=9, checkpoint_frequency=1)
     message = error_line(dna.finetune, setup, tmp_path, args)
-    assert re.search(r"finetuning diverged at update \d+: .*not finite; last good checkpoint: ", message)
+    assert re.search(r"finetuning diverged at update \d+: .*not finite; last checkpoint in .*: (\d|none)", message)
 
 
 # ----------------------------------------------------- whole runs ----------------------------------------------------
@@ -615,12 +626,22 @@ def test_a_run_writes_what_it_promises(finished):
     assert len(fasta) == 32 and all(re.fullmatch(r"[ACGT]{48}", line) for line in fasta[1::2])
     assert {path.name for path in run.glob("*.png")} == {"activities.png", "learning.png", "motifs.png"}
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
-    assert re.search(r"finetuning +4/4 \[#{20}\] reward -?\d+\.\d\d, 0:00 left", done.stderr)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert re.search(r"finetuning: 100%.* 4/4 \[.*<00:00, .*reward -?\d+\.\d\d\]", done.stderr)
+    scalars = read_scalars(run)
+    assert len(scalars["charts/reward"]) == 4
+    assert {"weights/min", "weights/mean", "weights/max", "weights/negative_share"} <= set(scalars)
 
-    events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Scalars("charts/reward")] == [1, 2, 3, 4]
-    assert {"weights/min", "weights/mean", "weights/max", "weights/negative_share"} <= set(events.Tags()["scalars"])
+
+def test_the_file_alone_trains_and_says_that_there_are_no_pictures(finished, tmp_path):
+    cwd, _, _ = finished
+    script = shutil.copy(SCRIPT, tmp_path)
+    flags = [*FLAGS, "--num-updates", 1, "--cache-path", cwd / "runs" / "cache"]
+    done = run_script(*flags, cwd=tmp_path, script=script, env={"PYTHONPATH": ""})
+    assert done.returncode == 0 and "no pictures: they need baselines/dna_extras.py" in done.stdout
+    run = next((tmp_path / "runs").glob("neg__*"))
+    assert {"metrics.json", "samples.fasta"} <= {path.name for path in run.iterdir()} and not list(run.glob("*.png"))
+    done = run_script("--reward", "a:b", cwd=tmp_path, script=script, env={"PYTHONPATH": ""})
+    assert done.returncode == 1 and "need baselines/dna_extras.py" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_second_run_takes_model_and_oracles_from_the_cache(finished):
@@ -663,6 +684,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(finished, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     for name in ("metrics.json", "samples.fasta"):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert read_scalars(stopped) == read_scalars(tmp_path / "whole")
 
 
 def test_what_cannot_be_resumed_ends_in_one_line(finished, tmp_path):
@@ -681,6 +703,32 @@ def test_what_cannot_be_resumed_ends_in_one_line(finished, tmp_path):
     assert "must be a run of dna_finetune.py" in line("--resume", other)
     (other / "args.json").write_text("{")
     assert "--resume" in line("--resume", other)
+    with open(run / "lock0", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is writing it" in line("--resume", run)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_resumes(small_disk, tmp_path):
+    setup, args = make_setup(num_updates=6, checkpoint_frequency=2)
+    whole = dna.finetune(setup, tmp_path / "whole", args)
+    plain, calls = setup.reward, []
+
+    def fill_then_value(tokens):
+        calls.append(len(calls))
+        if len(calls) == 4:
+            with open(small_disk / "other", "wb", buffering=0) as file, pytest.raises(OSError):
+                while True:
+                    file.write(bytes(512))
+        return plain(tokens)
+
+    run = small_disk / "run"
+    run.mkdir()
+    message = error_line(dna.finetune, setup._replace(reward=fill_then_value), run, args)
+    assert re.match(r"finetuning stopped at update 4: .*(No space left|RESOURCE_EXHAUSTED)", message)
+    (small_disk / "other").unlink()
+    resumed = dna.finetune(setup, run, args)
+    assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True))
+    assert read_scalars(run) == read_scalars(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_ends_in_one_line(tmp_path):
@@ -710,8 +758,8 @@ def test_a_sharded_run_equals_an_unsharded_one(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 x ")
     other = next((tmp_path / "runs").glob("neg__*"))
-    tables = [np.genfromtxt(path / "scalars.csv", delimiter=",", names=True, deletechars="") for path in (run, other)]
-    for name in tables[0].dtype.names:
+    tables = [read_scalars(path) for path in (run, other)]
+    for name in tables[0]:
         np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=2e-3, atol=2e-3)
 
 
