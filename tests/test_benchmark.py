@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from tensorboardX import SummaryWriter
 
-from benchmark import plot, sweep
+from benchmark import dna_table, plot, sweep
 
 # A script with the interface of the siblings and no JAX: it counts, and has accidents that its environment's id names.
 FAKE = """
@@ -487,3 +487,39 @@ def test_bad_input_of_a_plot_ends_in_one_line(tmp_path, flags, message):
     with pytest.raises(SystemExit) as stop:
         plot.main(plot.Args(paths=paths, **flags))
     assert re.match(message, stop.value.code) and "\n" not in stop.value.code
+
+
+# ----------------------------------------------------- the DNA table ------------------------------------------------
+def write_dna_run(folder, value, seed=1, weighting="neg", metrics=True, **more):
+    folder.mkdir()
+    flags = dict(script="dna_finetune", weighting=weighting, ell=-0.3, seed=seed, num_updates=100) | more
+    (folder / "args.json").write_text(json.dumps(flags))
+    samples = {name: dict.fromkeys(dna_table.COLUMNS, v) for name, v in (("pretrained", 0.0), ("finetuned", value))}
+    if metrics:
+        (folder / "metrics.json").write_text(json.dumps(samples))
+    return folder
+
+
+def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tmp_path, capsys):
+    runs = [write_dna_run(tmp_path / str(seed), value, seed) for seed, value in ((1, 1.0), (2, 2.0), (3, 6.0))]
+    runs += [write_dna_run(tmp_path / "tds", 4.0, weighting="exp", method="tds", alpha=0.2)]
+    runs += [write_dna_run(tmp_path / "unfinished", 0.0, metrics=False)]
+    dna_table.main(dna_table.Args(tuple(runs), to_csv=tmp_path / "dna.csv"))
+    note, *table = capsys.readouterr().out.splitlines()
+    assert note == f"left out, unfinished: {tmp_path}/unfinished"
+    assert table[2].startswith("| pretrained | 3 | 0.00 ± 0.00 |") and table[2].endswith("| 0.17 |")
+    assert table[3].startswith("| tds | 1 | 4.00 | ") and table[3].endswith("| 4.64 |")
+    assert table[4].startswith("| neg(-0.3) | 3 | 3.00 ± 1.53 |") and len(table) == 5  # sqrt(7 / 3)
+    dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
+    assert capsys.readouterr().out.splitlines() == table
+
+
+def test_what_is_no_dna_result_ends_in_one_line(tmp_path):
+    good = write_dna_run(tmp_path / "a", 1.0)
+    other = write_dna_run(tmp_path / "b", 1.0, num_updates=50)
+    (tmp_path / "c.csv").write_text("name\nx\n")
+    for paths, message in (((good, other), "other flags"), ((tmp_path / "none",), "No such"), ((), "no finished run"),
+                           ((tmp_path / "c.csv",), "seed")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            dna_table.main(dna_table.Args(paths))
+        assert message in stop.value.code and "\n" not in stop.value.code
