@@ -194,9 +194,11 @@ def draw_pictures(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setu
     axes, best = figures[2].subplots(), after[np.argsort(-in_batches(functions["the evaluation oracle"], after))[:30]]
     for k, consensus in enumerate(CONSENSUS):
         rows, starts = np.nonzero(np.asarray(find_sites(best)[0])[..., k] == 1)
-        hatch = "///" if EFFECT[k] < 0 else None
-        axes.barh(rows, len(consensus), left=starts, color=f"C{k % 10}", label=NAMES[k], hatch=hatch)
+        if len(rows):  # the legend would give an absent motif the first one's color
+            hatch = "///" if EFFECT[k] < 0 else None
+            axes.barh(rows, len(consensus), left=starts, color=f"C{k % 10}", label=NAMES[k], hatch=hatch)
     axes.set(xlabel="position", ylabel="rank by predicted activity", xlim=(0, after.shape[1]), ylim=(30, -1))
-    figures[2].legend(loc="outside right upper")
+    if axes.get_legend_handles_labels()[0]:
+        figures[2].legend(loc="outside right upper")
     for figure, name in zip(figures, ("activities", "learning", "motifs"), strict=True):
         figure.savefig(run / f"{name}.png", dpi=120)

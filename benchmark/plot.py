@@ -1,7 +1,7 @@
 """Learning curves, tables and a CSV of evaluations from TensorBoard folders, sweeps or a committed CSV.
 
     python benchmark/plot.py runs/sweep --to-csv benchmark/results/hopper.csv --device "RTX 5090"
-    python benchmark/plot.py benchmark/results/quick_start.csv --figures benchmark/results/quick_start
+    python benchmark/plot.py benchmark/results/cpu.csv --figures runs/figures
 
 It prints two tables in Markdown, of the mean of the last 10 evaluations: in the paper's form, mean and standard error
 over seeds and the average over tasks in percent of SAC; and the interquartile mean with a 95% interval by bootstrap.

@@ -881,3 +881,21 @@ def test_two_processes_share_a_run(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code, str(i)], **kwargs) for i in (0, 1)]
     outputs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+@pytest.fixture(scope="module")
+def defaults_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("defaults")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["exp", "linear", "square", "neg"])
+def test_at_the_defaults_prediction_and_truth_rise(defaults_folder, weighting):
+    """Out of the box: the predicted activity rises by 2 or more, the true one by 1, and the samples stay different."""
+    done = run_script("--weighting", weighting, cwd=defaults_folder)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(next(defaults_folder.glob(f"runs/{weighting}__*/metrics.json")).read_text())
+    rise = {name: value - metrics["pretrained"][name] for name, value in metrics["finetuned"].items()}
+    print(done.stdout)
+    assert rise["pred_activity"] >= 2 and rise["true_activity"] >= 1
+    assert metrics["finetuned"]["unique_fraction"] > 0.5
