@@ -1,8 +1,8 @@
 """The table of benchmark/DNA.md: metrics of runs of dna_finetune.py and baselines/dna_guidance.py, beside the paper's.
 
     python benchmark/dna_table.py runs/*__dna_*                                  # from the folders of runs
-    python benchmark/dna_table.py runs/*__dna_* --to-csv benchmark/results/dna.csv
-    python benchmark/dna_table.py benchmark/results/dna.csv
+    python benchmark/dna_table.py runs/*__dna_* --to-csv benchmark/results/dna/metrics.csv
+    python benchmark/dna_table.py benchmark/results/dna/metrics.csv
 
 Folders without metrics.json (unfinished runs) are left out and named. A number is the mean over seeds ± its standard
 error; the runs of a weighting must have equal flags but for the seed.

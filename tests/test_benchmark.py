@@ -514,6 +514,11 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert capsys.readouterr().out.splitlines() == table
 
 
+def test_the_committed_dna_results_make_the_table_of_the_document(capsys):
+    dna_table.main(dna_table.Args((ROOT / "benchmark/results/dna/metrics.csv",)))
+    assert capsys.readouterr().out in (ROOT / "benchmark/DNA.md").read_text()
+
+
 def test_what_is_no_dna_result_ends_in_one_line(tmp_path):
     good = write_dna_run(tmp_path / "a", 1.0)
     other = write_dna_run(tmp_path / "b", 1.0, num_updates=50)
