@@ -50,8 +50,7 @@ def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
             if path.is_dir() and not (path / "metrics.json").exists():
                 print(f"left out, unfinished: {path}")
                 continue
-            with open(path if path.is_file() else path / "args.json", newline="") as file:
-                found = list(csv.DictReader(file)) if path.suffix == ".csv" else read_run(path)
+            found = csv.DictReader(path.read_text().splitlines()) if path.suffix == ".csv" else read_run(path)
             for row in found:
                 row |= {column: float(row[column]) for column in COLUMNS if row.get(column, "") != ""}
                 row["seed"] = int(row["seed"])
