@@ -1,33 +1,44 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax", "gymnasium[mujoco]>=1.1", "jax>=0.5", "mujoco>=3.3,<4", "optax", "tensorboardX", "tyro>=0.9"]
+# dependencies = [
+#     "flax", "gymnasium[mujoco]>=1.1", "jax>=0.5", "mujoco>=3.3,<3.16", "optax", "tensorboard",
+#     "tqdm", "tyro>=0.9",
+# ]
 # ///
-"""GeMPO-Square: online RL of a diffusion policy by flow matching with weights quadratic in Q, cut off at zero.
+"""GeMPO-Square: online RL of a diffusion policy by flow matching with weights quadratic in Q.
 
-Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao, Chen, Li and Dai,
-2026, arXiv 2603.10250. At a state s, draw N actions a_1..a_N from an older copy of the policy, value each by the
-critics, q_i = Q(s, a_i), and train the policy to denoise them with the weights
+Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
+Chen, Li and Dai, 2026, arXiv 2603.10250. At a state s, draw N actions a_1..a_N from an older copy
+of the policy, value each by the critics, q_i = Q(s, a_i), and train the policy to denoise them with
+the weights
 
-    w_i = max((q_i - nu) / lambda, 0)^2,   nu such that sum_i w_i = 1                               (section 4)
+    w_i = max((q_i - nu) / lambda, 0)^2,   nu such that sum_i w_i = 1                    (section 4)
 
-This is the improvement step regularized by an alpha-divergence with alpha = 1.5 (example 3.3), between linear and
-exponential weights: greedier than linear ones, which pays on flat rewards, but blind to actions below nu.
-Usage: `python gempo_square.py`, or `--help`. The siblings differ in this docstring, in REWEIGHTING and in `--ell`.
+This is the improvement step regularized by an alpha-divergence with alpha = 1.5 (example 3.3),
+between linear and exponential weights: greedier than linear ones, which pays on flat rewards, but
+blind to actions below nu.
+
+Usage: `python gempo_square.py --env-id Hopper-v5`, or `--help`. The siblings gempo_exp.py,
+gempo_linear.py and gempo_neg.py differ in this docstring, in their own Args and in REWEIGHTING.
+
+Shapes: B states of a batch, E environments, N particles (actions of a state), d action dimensions.
 """
 
-import contextlib
-import copyreg
-import fcntl
+import collections
+import gzip
 import importlib.util
+import io
 import math
 import os
 import pathlib
+import pickle
 import signal
+import sys
+import threading
 import time
-import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import cloudpickle
 import flax.linen as nn
@@ -36,166 +47,287 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
-from flax import serialization, struct
-from tensorboardX import event_file_writer as tb, summary
+from flax import struct
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
 
-# =================================================== ARGUMENTS ===================================================
-Count = Annotated[int, "a whole number, at least 1", lambda v: v >= 1]
-Natural = Annotated[int, "a whole number, at least 0", lambda v: v >= 0]
-Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.inf]
-Fraction = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
+# =========================================== ARGUMENTS ===========================================
 
 
 @dataclass(frozen=True)
-class Args:
-    exp_name: str = pathlib.Path(__file__).stem  # name of this experiment
-    seed: Natural = 1  # seed of environments, networks and sampling; a run repeats exactly on the same machine
+class Hyperparameters:
+    """What learning and acting depend on. An agent knows its own; they are compiled into it."""
+
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate at which the target critics follow the critics
+    batch_size: int = 256  # states per update (B)
+    updates_per_step: int = 1  # updates per environment step
+    policy_lr: float = 1e-4  # learning rate of the actor
+    q_lr: float = 3e-4  # learning rate of the critics
+    temperature_lr: float = 3e-4  # learning rate of log lambda
+    hidden_dim: int = 256  # width of the hidden layers of actor and critics
+    num_particles: int = 64  # actions drawn from pi_old at each state of the batch (N)
+    diffusion_steps: int = 20  # denoising steps of the sampler (T)
+    additive_noise: float = 0.2  # standard deviation of the noise added to the particles
+    target_kl: float | None = None  # KL budget of the weights in nats (kappa); None: the paper's
+    old_policy_interval: int = 1_000  # updates between two hard copies of the actor to pi_old
+    loss_clip: float = 5.0  # upper limit of an element's squared error in the actor's loss
+    reward_scale: float = 1.0  # factor on the rewards that the critics learn from
+    act_best_of: int = 1  # samples per action in training; the critics choose
+    td_best_of: int = 1  # samples per TD target; the critics choose, the target critics value
+    eval_best_of: int = 10  # samples per action in evaluation; the critics choose
+
+
+@dataclass(frozen=True)
+class Args(Hyperparameters):
+    """The flags of a run, those of learning among them."""
+
+    exp_name: str = "gempo_square"  # name of this experiment
+    seed: int = 1  # seed of everything; a run repeats exactly on the same machine
     track: bool = False  # whether to track this experiment with Weights and Biases
     wandb_project_name: str = "gempo"  # project name at wandb
     wandb_entity: str | None = None  # entity (team) of the wandb project
-    capture_video: bool = False  # whether to record an episode of each evaluation (runs/{run}/videos)
-    save_model: bool = False  # whether to save the parameters at the end (runs/{run}/{exp_name}.model)
-    checkpoint_frequency: Natural = 50_000  # steps between two checkpoints (runs/{run}/checkpoints); 0 turns them off
-    checkpoint_buffer: bool = True  # whether they hold the replay buffer; if not, a resumed run fills a new one first
-    resume: str | None = None  # a run's folder (runs/{run}) to go on from at its newest checkpoint, with its flags
-    env_id: str = "HalfCheetah-v5"  # gymnasium id, Box observations and actions; `module:id` imports the module first
-    num_envs: Count = 1  # environments stepped side by side
-    total_timesteps: Count = 1_000_000  # environment steps in all, counted over all environments
-    learning_starts: Count = 5_000  # environment steps with uniformly random actions before learning starts
-    buffer_size: Count = 1_000_000  # capacity of the replay buffer in transitions; it lies in the device's memory
-    batch_size: Count = 256  # states per update (B)
-    updates_per_step: Count = 1  # updates per environment step
-    gamma: Fraction = 0.99  # discount factor (gamma)
-    tau: Fraction = 0.005  # rate at which the target critics follow the critics (tau)
-    policy_lr: Positive = 1e-4  # learning rate of the actor
-    q_lr: Positive = 3e-4  # learning rate of the critics
-    temperature_lr: Positive = 3e-4  # learning rate of log lambda
-    hidden_dim: Count = 256  # width of the hidden layers of actor and critics
-    num_particles: Count = 64  # actions drawn from pi_old at each state of the batch (N)
-    diffusion_steps: Count = 20  # denoising steps of the sampler (T)
-    additive_noise: Annotated[float, "finite, at least 0", lambda v: 0 <= v < math.inf] = 0.2  # noise added to actions
-    target_kl: Positive | None = None  # KL budget of the weights in nats (kappa), below log N; None: the paper's
-    old_policy_interval: Count = 1_000  # updates between two hard copies of the actor to pi_old
-    loss_clip: Positive = 5.0  # upper limit of an element's squared error in the actor's loss; bounds negative weights
-    reward_scale: Positive = 1.0  # factor on the rewards that the critics learn from
-    act_best_of: Count = 1  # samples per action in training; the best by the minimum of the critics is played
-    td_best_of: Count = 1  # samples per TD target; the best by the minimum of the target critics counts
-    eval_best_of: Count = 10  # samples per action in evaluation; the best by the minimum of the critics is played
-    eval_frequency: Natural = 10_000  # environment steps between two evaluations; 0 turns them off
-    eval_episodes: Count = 10  # episodes per evaluation
+    capture_video: bool = False  # whether to record an episode of each evaluation
+    save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
+    checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
+    resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
+    num_envs: int = 1  # environments stepped side by side (E)
+    total_timesteps: int = 1_000_000  # environment steps in all, counted over all environments
+    learning_starts: int = 5_000  # environment steps with random actions before learning starts
+    buffer_size: int = 1_000_000  # capacity of the replay buffer in transitions
+    eval_frequency: int = 10_000  # environment steps between two evaluations; 0: none
+    eval_episodes: int = 10  # episodes per evaluation
 
 
-def check_args(args: Args) -> Args:
-    """Exit with one line if a flag is out of its range; return `args` with the paper's target_kl for None."""
-    total, capacity, log_n = args.total_timesteps, args.buffer_size, math.log(max(args.num_particles, 1))
-    rules = [(name, *get_args(kind)[1:]) for name, hint in get_type_hints(Args, include_extras=True).items()
-             for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]  # fmt: skip
-    rules += [
-        ("learning_starts", f"below --total-timesteps, {total}", lambda v: v < total),
-        ("num_envs", f"at most --buffer-size, {capacity}", lambda v: v <= capacity),
-        ("target_kl", f"below log(num_particles), {log_n:.3f}", lambda v: v < log_n),  # no weights are further apart
-        ("track", "off: wandb is not installed", lambda v: not v or importlib.util.find_spec("wandb")),
-    ]
-    for name, allowed, is_allowed in rules:
-        if (value := getattr(args, name)) is not None and not is_allowed(value):
-            raise SystemExit(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    paper_kl = {"Hopper-v5": 2.5, "Ant-v5": 1.5}.get(args.env_id, 2.0) * log_n / math.log(64)  # Table 4, for N = 64
-    return args if args.target_kl is not None else replace(args, target_kl=paper_kl)
+COUNTS = ("batch_size", "updates_per_step", "hidden_dim", "num_particles", "diffusion_steps")
+COUNTS += ("old_policy_interval", "act_best_of", "td_best_of", "eval_best_of")
+COUNTS += ("num_envs", "total_timesteps", "buffer_size", "eval_episodes")
+NATURALS = ("seed", "checkpoint_frequency", "learning_starts", "eval_frequency")
+POSITIVES = ("policy_lr", "q_lr", "temperature_lr", "loss_clip", "reward_scale")
 
 
-# ================================================== ENVIRONMENT ==================================================
-def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
-    """An environment with flat observations and actions in [-1, 1]^d; exits with one line if it has no such form."""
+def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
+    """Exit with one line that names the flag and what it may be, unless `is_allowed`."""
+    if not is_allowed:
+        name = flag.replace("_", "-")
+        raise SystemExit(f"--{name} must be {allowed}, got {getattr(args, flag)}")
+
+
+def check_args(args: Args) -> None:
+    """Exit with one line if a flag is out of its range."""
+    for flag in COUNTS:
+        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
+    for flag in NATURALS:
+        require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    for flag in POSITIVES:
+        require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
+    for flag in ("gamma", "tau"):
+        require(args, flag, 0 <= getattr(args, flag) <= 1, "a number from 0 to 1")
+    require(args, "additive_noise", 0 <= args.additive_noise < math.inf, "finite and at least 0")
+    if args.target_kl is not None:
+        log_n = math.log(args.num_particles)  # weights that sum to one are never further apart
+        is_allowed = 0 < args.target_kl < log_n
+        require(args, "target_kl", is_allowed, f"above 0, below log(num_particles) = {log_n:.3f}")
+    below = f"below --total-timesteps, {args.total_timesteps}"
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
+    at_most = f"at most --buffer-size, {args.buffer_size}"
+    require(args, "num_envs", args.num_envs <= args.buffer_size, at_most)
+    alone = args.resume is None or args == Args(resume=args.resume)
+    require(args, "resume", alone, "the only flag, since a run keeps its flags")
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
+
+
+def learning_part(args: Args) -> Hyperparameters:
+    """The flags of learning alone, with the paper's target_kl for None.
+
+    The paper's budgets (Table 4) are for 64 particles. KL(w, uniform) is at most log N, so they
+    are scaled to N particles by log N / log 64.
+    """
+    values = {field.name: getattr(args, field.name) for field in fields(Hyperparameters)}
+    if args.target_kl is None:
+        kappa = {"Hopper-v5": 2.5, "Ant-v5": 1.5}.get(args.env_id, 2.0)
+        values["target_kl"] = kappa * math.log(args.num_particles) / math.log(64)
+    return Hyperparameters(**values)
+
+
+# ========================================== ENVIRONMENT ==========================================
+def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
+    """An environment with flat observations and actions in [-1, 1]^d.
+
+    Observations of any space that gymnasium can flatten into a Box are flattened (Dict, Tuple,
+    ...); actions are scaled. With a `video_folder`, every episode is recorded there. Exits with one
+    line that says what fails if the environment cannot be made or has no such form.
+    """
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `module:id` finds a module in the working directory
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
-        if video_folder:
-            env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda _: True, disable_logger=True)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise SystemExit(f"--env-id {env_id} or --capture-video fails: {' '.join(str(error).split())}") from None
-    spaces, box = (env.observation_space, env.action_space), gym.spaces.Box
-    if not all(isinstance(space, box) for space in spaces) or len(spaces[1].shape) != 1 or not spaces[1].is_bounded():
-        raise SystemExit(f"--env-id must have Box observations and flat, bounded Box actions, unlike {env_id}")
-    copyreg.pickle(type(env.unwrapped), lambda env: (  # for checkpoints; gymnasium's own way keeps no state
-        object.__new__, (type(env),), vars(env), None, None, lambda new, state: vars(new).update(state)))  # fmt: skip
-    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+        if video_folder is None:
+            env = gym.make(env_id)
+        else:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()  # fails here, not in the first evaluation, where nothing can be drawn
+            every_episode = {"episode_trigger": lambda episode: True}
+            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True, **every_episode)
+        env = gym.wrappers.FlattenObservation(env)
+    except Exception as error:  # of any kind: the environment may be the user's own
+        flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
+        raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(obs_space, gym.spaces.Box):
+        cure = "wrap the environment so that gymnasium's FlattenObservation makes a Box of them"
+        raise SystemExit(f"--env-id {env_id} has observations {obs_space}: {cure}")
+    is_box = isinstance(action_space, gym.spaces.Box)
+    if not (is_box and len(action_space.shape) == 1 and action_space.is_bounded()):
+        cure = "they must be a bounded Box with one axis, which an action wrapper may make of them"
+        raise SystemExit(f"--env-id {env_id} has actions {action_space}: {cure}")
+    env = gym.wrappers.RecordEpisodeStatistics(env)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-# =================================================== NETWORKS ====================================================
-Dense = partial(nn.Dense, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
-TIME_DIM, STATE_DIM = 64, 128  # widths of the time and the state features (released code)
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """`num_envs` environments side by side; one that ends an episode is reset in the same step.
+
+    gymnasium's default resets in the next step instead, which adds a transition that is not one.
+    """
+    constructors = [partial(make_env, env_id)] * num_envs
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv(constructors, autoreset_mode=same_step)
+
+
+def episode_charts(infos: dict, index: int) -> dict[str, float]:
+    """Return and length of the episode that environment `index` has just ended.
+
+    Scalars that the environment itself puts into info["charts"] at an episode's last step come too.
+    """
+    final = infos["final_info"]
+    charts = {
+        "charts/episodic_return": final["episode"]["r"][index],
+        "charts/episodic_length": final["episode"]["l"][index],
+    }
+    own_charts = final.get("charts", {})
+    for name, values in own_charts.items():
+        reported = own_charts.get(f"_{name}")  # gymnasium's mask: which environments have the value
+        if reported is not None and reported[index]:
+            charts[f"charts/{name}"] = values[index]
+    return charts
+
+
+# =========================================== NETWORKS ============================================
+ORTHOGONAL = nn.initializers.orthogonal(math.sqrt(2))  # of every layer, as in the released code
+Dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
+TIME_DIM = 64  # width of the time features (released code)
+STATE_DIM = 128  # width of the state features (released code)
 
 
 def mish(x: jax.Array) -> jax.Array:
-    """Mish, x tanh(log(1 + e^x)), in a form with one exponential and a cheap gradient: x - 2x / (e^2x + 2e^x + 2)."""
-    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20 mish(x) is x in float32; the gradient would overflow at 44
+    """Mish, x tanh(log(1 + e^x)), as x - 2x / (e^2x + 2e^x + 2): one exponential."""
+    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20 mish(x) is x; the gradient would overflow at 44
     return x - 2.0 * x / (e * (e + 2.0) + 2.0)
 
 
 def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
     """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32."""
-    return jax.lax.dot_general(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), dims, preferred_element_type=jnp.float32)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
 class Actor(nn.Module):
-    """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, time features f(t), state features g(s)].
+    """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, f(t), g(s)].
 
-    The first layer is a sum, W_x x + W_t f + W_s g + b, so the sampler computes W_s g once a state and W_t f + b once a
-    step (the embeddings), not for every particle at every step: 36% fewer multiply-adds.
+    The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
+    then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a step, and not
+    for every particle at every step: 36% fewer multiply-adds.
     """
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # that of the hidden layers
+    dot: Any = jax.lax.dot_general  # the product of the hidden layers
 
     def setup(self):
         width = self.hidden_dim
         self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
-        self.embed_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish, Dense(width)])
-        self.embed_obs = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish, Dense(width, use_bias=False)])
-        self.embed_x, hidden = Dense(width, use_bias=False), partial(Dense, width, dot_general=self.dot)
-        self.layers = nn.Sequential([mish, hidden(), mish, hidden(), mish, Dense(self.action_dim)])
+        self.time_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish])
+        self.obs_features = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish])
+        # One orthogonal matrix for all three inputs; three separate ones would not be orthogonal.
+        inputs = self.action_dim + TIME_DIM + STATE_DIM
+        kernel = self.param("first_kernel", ORTHOGONAL, (inputs, width))
+        splits = [self.action_dim, self.action_dim + TIME_DIM]
+        self.kernel_x, self.kernel_t, self.kernel_s = jnp.split(kernel, splits)
+        self.first_bias = self.param("first_bias", nn.initializers.zeros, (width,))
+        self.hidden_1 = Dense(width, dot_general=self.dot)
+        self.hidden_2 = Dense(width, dot_general=self.dot)
+        self.output = Dense(self.action_dim)
 
     def embed_time(self, t):
-        """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned Fourier features and two layers."""
+        """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned frequencies, 2 layers."""
         angles = 2 * jnp.pi * t * self.frequencies
-        return self.embed_features(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+        fourier = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.time_features(fourier) @ self.kernel_t + self.first_bias
+
+    def embed_obs(self, obs):
+        """W_s g(s) (..., hidden_dim) at observations (..., obs_dim); g: 2 layers."""
+        return self.obs_features(obs) @ self.kernel_s
 
     def denoise(self, x, time_embedding, obs_embedding):
         """eps_hat (..., d) at x (..., d); the embeddings broadcast over the leading axes."""
-        h = self.embed_x(x) + (time_embedding + obs_embedding)
-        return self.layers(h.reshape(-1, self.hidden_dim)).reshape(x.shape)  # 3-axis products: slow gradients on CPUs
+        h = mish(x @ self.kernel_x + (time_embedding + obs_embedding))
+        h = h.reshape(-1, self.hidden_dim)  # products of 3 axes have slow gradients on a CPU
+        h = mish(self.hidden_1(h))
+        h = mish(self.hidden_2(h))
+        return self.output(h).reshape(x.shape)
 
     def __call__(self, x, t, obs):
+        """eps_hat (..., d) at noisy actions x (..., d), times t (..., 1) and obs (..., obs_dim)."""
         return self.denoise(x, self.embed_time(t), self.embed_obs(obs))
 
 
 class Critic(nn.Module):
-    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), that broadcast; TwinCritic: two."""
+    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), broadcast."""
 
     hidden_dim: int = 256
 
     @nn.compact
     def __call__(self, obs, actions):
-        h = Dense(self.hidden_dim)(obs) + Dense(self.hidden_dim, use_bias=False)(actions)  # of [s, a]; once a state
-        layers = nn.Sequential([nn.relu, Dense(self.hidden_dim), nn.relu, Dense(1)])
-        return layers(h.reshape(-1, self.hidden_dim)).reshape(h.shape[:-1])
+        # The first layer on [s, a] is a sum as in Actor: W_s s once for all actions of a state.
+        obs_dim = obs.shape[-1]
+        inputs = obs_dim + actions.shape[-1]
+        kernel = self.param("first_kernel", ORTHOGONAL, (inputs, self.hidden_dim))
+        bias = self.param("first_bias", nn.initializers.zeros, (self.hidden_dim,))
+        h = nn.relu((obs @ kernel[:obs_dim] + bias) + actions @ kernel[obs_dim:])
+        leading = h.shape[:-1]
+        h = h.reshape(-1, self.hidden_dim)
+        h = nn.relu(Dense(self.hidden_dim)(h))
+        return Dense(1)(h).reshape(leading)
 
 
-TwinCritic = nn.vmap(Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True})
+# Two critics with parameters of their own: values (2, ...).
+TwinCritic = nn.vmap(
+    Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
+)
 
 
-# =================================================== DIFFUSION ===================================================
-T_MIN, T_MAX = 0.001, 0.9946  # at t = 1 the cosine schedule would leave no signal (released code)
+# =========================================== DIFFUSION ===========================================
+T_MIN, T_MAX = 0.001, 0.9946  # at t = 1 the schedule would leave no signal (released code)
 
 
 def noise_schedule(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine schedule at t in [0, 1]: alpha_t = cos(u_t) / cos(u_0) with u_t = pi/2 (t + .008) / 1.008, and sigma_t."""
-    u_0, rise = math.pi / 2 * 0.008 / 1.008, math.pi / 2 * t / 1.008  # u_t = u_0 + rise
-    sigma = jnp.sqrt(jnp.sin(rise) * jnp.sin(rise + 2 * u_0)) / math.cos(u_0)  # sqrt(1 - alpha^2), without cancellation
-    return jnp.cos(u_0 + rise) / math.cos(u_0), sigma
+    """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, at t in [0, 1] (cosine schedule).
+
+    alpha_t = cos(u_t) / cos(u_0) with u_t = pi/2 (t + .008) / 1.008, and sigma_t^2 = 1 - alpha_t^2,
+    written as a product of sines so that nothing cancels where t is small.
+    """
+    u_0 = math.pi / 2 * 0.008 / 1.008
+    rise = math.pi / 2 * t / 1.008  # u_t - u_0
+    alpha = jnp.cos(u_0 + rise) / math.cos(u_0)
+    sigma = jnp.sqrt(jnp.sin(rise) * jnp.sin(rise + 2 * u_0)) / math.cos(u_0)
+    return alpha, sigma
 
 
 def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -207,69 +339,96 @@ def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array,
     return alpha * actions + sigma * eps, t, eps
 
 
+class DenoisingStep(NamedTuple):
+    """What the sampler needs at one step, from time t_i to t_{i-1}."""
+
+    alpha: jax.Array  # alpha and sigma at t_i
+    sigma: jax.Array
+    x_0_weight: jax.Array  # the mean of x_{i-1} is x_0_weight x_0 + x_weight x_i
+    x_weight: jax.Array
+    noise_std: jax.Array  # sqrt(beta_i), and none in the last step
+    time_embedding: jax.Array
+    key: jax.Array
+
+
 def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
-    """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim) by `num_steps` ancestral DDPM steps."""
-    grid = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
-    alpha, sigma = noise_schedule(grid)
-    beta = 1 - (a := alpha[1:] / alpha[:-1]) ** 2  # x_i = a_i x_{i-1} + sqrt(beta_i) eps
-    x_0_weight, x_weight = alpha[:-1] * beta / sigma[1:] ** 2, a * sigma[:-1] ** 2 / sigma[1:] ** 2
-    noise_std = jnp.sqrt(beta).at[0].set(0.0)  # no noise in the last step
-    time_embeddings = actor.apply(params, grid[1:, None], method="embed_time")  # (T, hidden_dim)
-    obs_embedding = actor.apply(params, obs[:, None], method=lambda actor, obs: actor.embed_obs(obs))  # (B, 1, .)
+    """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim).
 
-    def denoising_step(x, step):
-        alpha, sigma, x_0_weight, x_weight, noise_std, time_embedding, key = step
-        eps_hat = actor.apply(params, x, time_embedding, obs_embedding, method="denoise")
-        x_0 = jnp.clip((x - sigma * eps_hat) / alpha, -1.0, 1.0)
-        return x_0_weight * x_0 + x_weight * x + noise_std * jax.random.normal(key, x.shape), None
-
+    `num_steps` ancestral DDPM steps on a uniform grid of times, on which x_i is a_i x_{i-1} +
+    sqrt(beta_i) eps; the predicted x_0 is clipped to the box of actions at every step.
+    """
+    times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
+    alpha, sigma = noise_schedule(times)
+    a = alpha[1:] / alpha[:-1]
+    beta = 1 - a**2
     keys = jax.random.split(key, num_steps + 1)
+    steps = DenoisingStep(
+        alpha=alpha[1:],
+        sigma=sigma[1:],
+        x_0_weight=alpha[:-1] * beta / sigma[1:] ** 2,
+        x_weight=a * sigma[:-1] ** 2 / sigma[1:] ** 2,
+        noise_std=jnp.sqrt(beta).at[0].set(0.0),
+        time_embedding=actor.apply(params, times[1:, None], method="embed_time"),
+        key=keys[1:],
+    )
+    obs_embedding = actor.apply(params, obs[:, None], method="embed_obs")  # (B, 1, hidden_dim)
+
+    def denoising_step(x, step: DenoisingStep):
+        eps_hat = actor.apply(params, x, step.time_embedding, obs_embedding, method="denoise")
+        x_0 = jnp.clip((x - step.sigma * eps_hat) / step.alpha, -1.0, 1.0)
+        mean = step.x_0_weight * x_0 + step.x_weight * x
+        return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
+
     x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
-    steps = (alpha[1:], sigma[1:], x_0_weight, x_weight, noise_std, time_embeddings, keys[1:])
     x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box by about sigma(T_MIN) = 0.006
 
 
-# ================================================== REWEIGHTING ==================================================
-def active_set(q: jax.Array, temp: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The smallest q above nu, q_k, and r_k = (q_k - nu) / temp, the root of its weight: (..., 1) each, for q (..., N).
-
-    With q descending, particle k is active (above nu) iff f_k = sum_{i<=k} (q_i - q_k)^2 <= temp^2 (Appendix E.3). With
-    e_k = sum_{i<=k} (q_i - q_k), it is summed from the gaps g between neighbours, e_{k+1} = e_k + k g and f_{k+1} = f_k
-    + g (2 e_k + k g): terms of one sign, so nothing cancels. In units of temp, r_k solves k r^2 + 2 e_k r + f_k = 1.
-    """
-    index, q_sorted = jnp.arange(q.shape[-1]), jnp.sort(q, axis=-1, descending=True)
-    gaps = -jnp.diff(q_sorted, axis=-1, prepend=q_sorted[..., :1]) / temp
-    e = jnp.cumsum(index * gaps, axis=-1)
-    f = jnp.cumsum(gaps * (2 * e - index * gaps), axis=-1)
-    k = jnp.sum(f <= 1, axis=-1, keepdims=True)
-    q_k, e_k, f_k = (jnp.take_along_axis(x, k - 1, axis=-1) for x in (q_sorted, e, f))
-    return q_k, (1 - f_k) / (e_k + jnp.sqrt(e_k**2 + k * (1 - f_k)))
+# ========================================== REWEIGHTING ==========================================
+# To add a weighting, edit this section alone: return weights (..., N) that sum to one over the
+# particles, and shift q by its maximum first. The weights are constants in the loss: no gradient
+# flows through them.
+#
+# Square weights. Sort q in descending order and divide by temp, z_1 >= z_2 >= ...; nu / temp = m. If
+# the first k particles are active (above m), with mean z-bar_k and sum of squared deviations D_k,
+# then sum_{i<=k} (z_i - m)^2 = D_k + k (z-bar_k - m)^2 = 1 gives m = z-bar_k - sqrt((1 - D_k) / k).
+# Particle k is active iff z_k >= m, that is iff sum_{i<=k} (z_i - z_k)^2 = D_k + k (z-bar_k - z_k)^2
+# is at most 1. The sum never falls with k, so k is the number of particles that pass (Appendix E.3).
 
 
 def solve_normalizer(q: jax.Array, temp: jax.Array) -> jax.Array:
     """nu (..., 1) such that sum_i max((q_i - nu) / temp, 0)^2 = 1, for q (..., N) and temp > 0."""
-    q_k, r_k = active_set(q, temp)
-    return q_k - temp * r_k
+    z = jnp.sort(q, axis=-1, descending=True) / temp
+    ranks = jnp.arange(1, q.shape[-1] + 1)
+    means = jnp.cumsum(z, axis=-1) / ranks
+    # D_k grows by (z_k - z-bar_k)^2 k / (k - 1) (Welford); the paper's S_2 and S_1^2 would cancel.
+    growth = (z - means) ** 2 * ranks / jnp.maximum(ranks - 1, 1)
+    deviations = jnp.cumsum(growth, axis=-1)
+    excess = deviations + ranks * (means - z) ** 2
+    k = jnp.sum(excess <= 1, axis=-1, keepdims=True)
+    active_mean = jnp.take_along_axis(means, k - 1, axis=-1)
+    active_deviations = jnp.take_along_axis(deviations, k - 1, axis=-1)
+    return temp * (active_mean - jnp.sqrt((1 - active_deviations) / k))
 
 
 def reweight(q: jax.Array, temp: jax.Array) -> jax.Array:
-    """Weights w_i = max((q_i - nu) / temp, 0)^2 (section 4), which sum to one: (..., N), for q (..., N)."""
-    q_k, r_k = active_set(q, temp)  # not nu: at |q| = 1e5 float32 rounds it by up to 0.004
-    return jnp.maximum((q - q_k) / temp + r_k, 0.0) ** 2
+    """Weights max((q_i - nu) / temp, 0)^2 (section 4), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight, and float32 then rounds none
+    nu = solve_normalizer(q, temp)
+    return jnp.maximum((q - nu) / temp, 0.0) ** 2
 
 
-def compute_weights(q: jax.Array, temp: jax.Array, args: Args) -> jax.Array:
-    """`reweight` with this script's arguments."""
+def compute_weights(q: jax.Array, temp: jax.Array, args: Hyperparameters) -> jax.Array:
+    """`reweight` with this script's hyperparameters."""
     return reweight(q, temp)
 
 
-# ================================================= REPLAY BUFFER =================================================
+# ========================================= REPLAY BUFFER =========================================
 class Transition(NamedTuple):
-    """Transitions as arrays of obs (..., obs_dim), actions (..., d), rewards (...), and so on."""
+    """Transitions as arrays, with a batch axis: obs (E, obs_dim), actions (E, d), rewards (E,)."""
 
     obs: Any
-    actions: Any
+    actions: Any  # in [-1, 1]
     rewards: Any
     next_obs: Any  # the true last observation where an episode ended
     terminations: Any  # 1.0 where the episode terminated; a truncated one counts as going on
@@ -283,278 +442,754 @@ class ReplayBuffer(NamedTuple):
 
 
 def create_buffer(capacity: int, obs_dim: int, action_dim: int) -> ReplayBuffer:
-    """An empty buffer; exits with one line if it would take more than 0.9 of the device's memory."""
-    stats = jax.devices()[0].memory_stats() or {"bytes_limit": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
-    if capacity > (fitting := int(0.9 * stats["bytes_limit"]) // (4 * (2 * obs_dim + action_dim + 2))):
-        raise SystemExit(f"--buffer-size must be at most {fitting} to fit in the device's memory, got {capacity}")
-    storage = Transition(*(jnp.zeros((capacity, *shape)) for shape in ((obs_dim,), (action_dim,), (), (obs_dim,), ())))
+    """An empty buffer of `capacity` transitions, float32."""
+    shapes = Transition((obs_dim,), (action_dim,), (), (obs_dim,), ())
+    storage = Transition(*(jnp.zeros((capacity, *shape)) for shape in shapes))
     return ReplayBuffer(storage, jnp.zeros((), jnp.int32))
 
 
+@partial(jax.jit, donate_argnames="buffer")
 def add_transitions(buffer: ReplayBuffer, transitions: Transition) -> ReplayBuffer:
-    """Write E <= capacity transitions, over the oldest ones once the buffer is full."""
-    rows = (buffer.count + jnp.arange(len(transitions.rewards))) % len(buffer.storage.rewards)
-    storage = jax.tree.map(lambda old, new: old.at[rows].set(new), buffer.storage, transitions)
-    return ReplayBuffer(storage, buffer.count + len(transitions.rewards))
+    """Write E transitions over the oldest ones, in place: the buffer passed in is gone.
+
+    Raises ValueError for more transitions than the buffer holds.
+    """
+    capacity, rows = len(buffer.storage.rewards), len(transitions.rewards)
+    if rows > capacity:
+        raise ValueError(f"{rows} transitions do not fit into a buffer of {capacity}")
+    places = (buffer.count + jnp.arange(rows)) % capacity
+    storage = jax.tree.map(lambda old, new: old.at[places].set(new), buffer.storage, transitions)
+    return ReplayBuffer(storage, buffer.count + rows)
 
 
 def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Transition:
     """Draw `batch_size` transitions uniformly, with replacement."""
-    rows = jax.random.randint(key, (batch_size,), 0, jnp.minimum(buffer.count, len(buffer.storage.rewards)))
+    filled = jnp.minimum(buffer.count, len(buffer.storage.rewards))
+    rows = jax.random.randint(key, (batch_size,), 0, filled)
     return jax.tree.map(lambda stored: stored[rows], buffer.storage)
 
 
-# =================================================== LEARNING ====================================================
+# =========================================== LEARNING ============================================
 class Agent(struct.PyTreeNode):
-    """All that learning changes; static: the networks and the optimizer."""
+    """All that learning changes, and its hyperparameters and dimensions, which are static."""
 
     params: dict  # "actor", "critic" and "log_lambda", the logarithm of the temperature
     slow_params: dict  # "actor": pi_old, "critic": the target critics
     opt_state: Any
     num_updates: jax.Array
-    actor: Actor = struct.field(pytree_node=False)
-    critic: nn.Module = struct.field(pytree_node=False)
-    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    args: Hyperparameters = struct.field(pytree_node=False)
+    obs_dim: int = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.action_dim, self.args.hidden_dim)
+
+    @property
+    def critic(self) -> nn.Module:
+        return TwinCritic(self.args.hidden_dim)
+
+
+def make_optimizer(args: Hyperparameters) -> optax.GradientTransformation:
+    """Adam, with a learning rate for each of the three parts of the parameters."""
+    optimizers = {
+        "actor": optax.adam(args.policy_lr),
+        "critic": optax.adam(args.q_lr),
+        "log_lambda": optax.adam(args.temperature_lr),
+    }
+    return optax.multi_transform(optimizers, {part: part for part in optimizers})
 
 
 def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> Agent:
-    """A new agent: orthogonal networks, lambda = 1, and Adam with a rate for each of the three parts."""
-    actor, critic = Actor(action_dim, args.hidden_dim), TwinCritic(args.hidden_dim)
+    """A new agent: orthogonal networks, slow copies equal to them, and a temperature of 1."""
+    hyperparameters = learning_part(args)
     actor_key, critic_key = jax.random.split(key)
     obs, actions, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim)), jnp.zeros((1, 1))
-    params = {"actor": actor.init(actor_key, actions, t, obs), "critic": critic.init(critic_key, obs, actions)}
-    slow_params = jax.tree.map(jnp.copy, params)  # arrays of its own: train_step donates both
-    params["log_lambda"] = jnp.zeros(())  # so that lambda moves by a fixed ratio a step, at any scale of Q
-    rates = {"actor": args.policy_lr, "critic": args.q_lr, "log_lambda": args.temperature_lr}
-    optimizer = optax.multi_transform({part: optax.adam(rate) for part, rate in rates.items()}, {k: k for k in rates})
-    return Agent(params, slow_params, optimizer.init(params), jnp.zeros((), jnp.int32), actor, critic, optimizer)
+    networks = {
+        "actor": Actor(action_dim, args.hidden_dim).init(actor_key, actions, t, obs),
+        "critic": TwinCritic(args.hidden_dim).init(critic_key, obs, actions),
+    }
+    # lambda = exp(log_lambda) moves by a fixed ratio an update, whatever the scale of Q.
+    params = networks | {"log_lambda": jnp.zeros(())}
+    return Agent(
+        params=params,
+        slow_params=jax.tree.map(jnp.copy, networks),  # copies: train_step donates every array
+        opt_state=make_optimizer(hyperparameters).init(params),
+        num_updates=jnp.zeros((), jnp.int32),
+        args=hyperparameters,
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+    )
 
 
-def critic_loss(params, critic: Critic, batch: Transition, targets: jax.Array) -> jax.Array:
+def choose_best(agent: Agent, obs: jax.Array, actions: jax.Array) -> jax.Array:
+    """The best (B, d) of actions (B, K, d) at obs (B, obs_dim), by the minimum of the critics."""
+    if actions.shape[1] == 1:
+        return actions[:, 0]
+    q_values = agent.critic.apply(agent.params["critic"], obs[:, None], actions).min(axis=0)
+    best = q_values.argmax(axis=-1)
+    return jnp.take_along_axis(actions, best[:, None, None], axis=1)[:, 0]
+
+
+def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
+    """y = r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,), a' from the current policy."""
+    args = agent.args
+    params = agent.params["actor"]
+    samples = args.td_best_of, args.diffusion_steps
+    next_actions = sample_actions(agent.actor, params, batch.next_obs, key, *samples)
+    next_actions = choose_best(agent, batch.next_obs, next_actions)
+    target_params = agent.slow_params["critic"]
+    next_q = agent.critic.apply(target_params, batch.next_obs, next_actions).min(axis=0)
+    return args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+
+def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.Array) -> jax.Array:
+    """N actions of pi_old at each state, plus Gaussian noise: (B, N, d), not clipped (Algorithm 1).
+
+    The hidden layers take bfloat16 inputs here: the added noise drowns the rounding, and an update
+    on a CPU is 30% faster.
+    """
+    args = agent.args
+    actor = agent.actor.clone(dot=bfloat16_dot)
+    pi_old = agent.slow_params["actor"]
+    particles = sample_actions(actor, pi_old, obs, key, args.num_particles, args.diffusion_steps)
+    return particles + args.additive_noise * jax.random.normal(noise_key, particles.shape)
+
+
+def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array) -> jax.Array:
     """Mean squared TD error of both critics against targets (B,)."""
-    return jnp.mean((critic.apply(params, batch.obs, batch.actions) - targets) ** 2)
+    q_values = critic.apply(params, batch.obs, batch.actions)  # (2, B)
+    return jnp.mean((q_values - targets) ** 2)
 
 
 def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: float) -> jax.Array:
-    """Reweighted flow matching (equation 8) by epsilon-prediction: mean of N w_i min((eps_hat - eps)^2, loss_clip)."""
-    x_t, t, eps = add_noise(key, particles)  # particles (B, N, d), obs (B, obs_dim), weights (B, N) that sum to one
+    """Reweighted flow matching (equation 8): mean of N w_i min((eps_hat - eps)^2, loss_clip).
+
+    obs (B, obs_dim), particles (B, N, d), weights (B, N) that sum to one over N.
+    """
+    x_t, t, eps = add_noise(key, particles)
     eps_hat = actor.apply(params, x_t, t, obs[:, None])
-    errors = jnp.minimum((eps_hat - eps) ** 2, loss_clip)  # clipped first: past it a negative weight has no pull
+    # Clipped before it is weighted: past the clip a negative weight pushes no further.
+    errors = jnp.minimum((eps_hat - eps) ** 2, loss_clip)
     return jnp.mean(weights.shape[-1] * weights[..., None] * errors)
 
 
-def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float) -> tuple[jax.Array, jax.Array]:
-    """lambda (kappa - KL(w || uniform)) (equation 23) and the KL, averaged over states; weights (B, N)."""
-    p = (p := jnp.maximum(weights, 1e-6)) / p.sum(axis=-1, keepdims=True)  # of negative weights the positive part
-    kl = math.log(weights.shape[-1]) + jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
+def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
+    """lambda (kappa - KL(w, uniform)) (equation 23), and the KL; weights (B, N).
+
+    Weights sharper than the budget kappa raise lambda, which flattens them. Negative weights are
+    cut off at 1e-6, so the budget bounds the positive part (released code).
+    """
+    p = jnp.maximum(weights, 1e-6)
+    p = p / p.sum(axis=-1, keepdims=True)
+    entropy = -jnp.sum(p * jnp.log(p), axis=-1)
+    kl = jnp.mean(math.log(weights.shape[-1]) - entropy)
     return jnp.exp(log_lambda) * (target_kl - kl), kl
 
 
-def update(agent: Agent, batch: Transition, key: jax.Array, args: Args) -> tuple[Agent, dict]:
-    """One gradient step of critics, actor and temperature on B transitions, and the scalars to log. Pure."""
-    actor, critic, params, slow_params = agent.actor, agent.critic, agent.params, agent.slow_params
-    next_key, old_key, noise_key, loss_key = jax.random.split(key, 4)
-    n, num_steps = args.num_particles, args.diffusion_steps
-    # TD targets: y = r + gamma (1 - terminated) min_j Q_target_j(s', a'), a' from the current policy.
-    next_actions = sample_actions(actor, params["actor"], batch.next_obs, next_key, args.td_best_of, num_steps)
-    next_q = critic.apply(slow_params["critic"], batch.next_obs[:, None], next_actions).min(axis=0).max(axis=-1)
-    targets = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-    # Algorithm 1: N particles from pi_old plus noise, which drowns the rounding of bfloat16 (30% off a CPU's update).
-    particles = sample_actions(actor.clone(dot=bfloat16_dot), slow_params["actor"], batch.obs, old_key, n, num_steps)
-    particles += args.additive_noise * jax.random.normal(noise_key, particles.shape)  # (B, N, d)
-    q_values = critic.apply(params["critic"], batch.obs[:, None], particles).mean(axis=0)  # (B, N)
-    weights = compute_weights(q_values, temp := jnp.exp(params["log_lambda"]), args)
+def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
+    """One gradient step of critics, actor and temperature on B transitions; and scalars to log."""
+    args = agent.args
+    params = agent.params
+    next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
 
-    def loss(params):  # the three losses share no parameters, so one gradient of their sum serves all
-        q_loss = critic_loss(params["critic"], critic, batch, targets)
-        pi_loss = actor_loss(params["actor"], actor, batch.obs, particles, weights, loss_key, args.loss_clip)
+    # Algorithm 1: value the next states, draw particles from pi_old, value and weigh them.
+    targets = td_targets(agent, batch, next_key)
+    particles = draw_particles(agent, batch.obs, particle_key, noise_key)  # (B, N, d)
+    q_values = agent.critic.apply(params["critic"], batch.obs[:, None], particles).mean(axis=0)
+    temperature = jnp.exp(params["log_lambda"])
+    weights = compute_weights(q_values, temperature, args)  # (B, N)
+
+    def loss(params):  # the three losses share no parameters, so one gradient of the sum serves all
+        q_loss = critic_loss(params["critic"], agent.critic, batch, targets)
+        pi_loss = actor_loss(
+            params["actor"], agent.actor, batch.obs, particles, weights, loss_key, args.loss_clip
+        )
         lambda_loss, kl = temperature_loss(params["log_lambda"], weights, args.target_kl)
-        metrics = {"losses/critic_loss": q_loss, "losses/actor_loss": pi_loss, "losses/temperature_loss": lambda_loss}
-        metrics |= {"losses/q_values": q_values.mean(), "charts/temperature": temp, "charts/kl": kl}
-        metrics |= {"charts/weights_min": n * weights.min(), "charts/weights_negative_share": jnp.mean(weights < 0)}
-        return q_loss + pi_loss + lambda_loss, metrics | {"charts/particles_std": particles.std(axis=1).mean()}
+        losses = {"critic_loss": q_loss, "actor_loss": pi_loss, "temperature_loss": lambda_loss}
+        return q_loss + pi_loss + lambda_loss, (losses, kl)
 
-    grads, metrics = jax.grad(loss, has_aux=True)(params)
-    updates, opt_state = agent.optimizer.update(grads, agent.opt_state)
-    params, num_updates = optax.apply_updates(params, updates), agent.num_updates + 1
-    old = optax.periodic_update(params["actor"], slow_params["actor"], num_updates, args.old_policy_interval)
-    slow_params = {"actor": old, "critic": optax.incremental_update(params["critic"], slow_params["critic"], args.tau)}
-    metrics["charts/params_norm"] = optax.tree.norm(params)  # not finite where any parameter is not
-    return agent.replace(params=params, slow_params=slow_params, opt_state=opt_state, num_updates=num_updates), metrics
+    grads, (losses, kl) = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = make_optimizer(args).update(grads, agent.opt_state)
+    agent = step_agent(agent, optax.apply_updates(params, updates), opt_state)
+
+    metrics = {f"losses/{name}": value for name, value in losses.items()}
+    metrics["losses/q_values"] = q_values.mean()
+    metrics["charts/temperature"] = temperature
+    metrics["charts/kl"] = kl
+    metrics["charts/weights_min"] = args.num_particles * weights.min()
+    metrics["charts/weights_negative_share"] = jnp.mean(weights < 0)
+    metrics["charts/particles_std"] = particles.std(axis=1).mean()
+    metrics["charts/params_norm"] = optax.tree.norm(agent.params)  # NaN if any parameter is
+    return agent, metrics
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames=("agent", "buffer"))
-def train_step(agent, buffer, transitions, key, step, args: Args) -> tuple[Agent, ReplayBuffer, dict]:
-    """The device's work of a step: insert E transitions, then make E * updates_per_step updates, all in place."""
-    buffer = add_transitions(buffer, transitions)
+def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
+    """The agent with new parameters, which the target critics and, at times, pi_old follow."""
+    num_updates = agent.num_updates + 1
+    interval = agent.args.old_policy_interval
+    old, target = agent.slow_params["actor"], agent.slow_params["critic"]
+    slow_params = {
+        "actor": optax.periodic_update(params["actor"], old, num_updates, interval),
+        "critic": optax.incremental_update(params["critic"], target, agent.args.tau),
+    }
+    return agent.replace(
+        params=params, slow_params=slow_params, opt_state=opt_state, num_updates=num_updates
+    )
+
+
+@partial(jax.jit, static_argnames="num_updates", donate_argnames="agent")
+def learn(agent: Agent, buffer: ReplayBuffer, key, num_updates: int) -> tuple[Agent, dict]:
+    """Make `num_updates` updates on batches of the buffer; the agent, and the mean of the metrics.
+
+    The agent passed in is gone (its arrays are reused).
+    """
 
     def sample_and_update(agent, key):
         batch_key, update_key = jax.random.split(key)
-        return update(agent, sample_batch(buffer, batch_key, args.batch_size), update_key, args)
+        batch = sample_batch(buffer, batch_key, agent.args.batch_size)
+        return update(agent, batch, update_key)
 
-    keys = jax.random.split(jax.random.fold_in(key, step), args.num_envs * args.updates_per_step)
-    agent, metrics = jax.lax.scan(sample_and_update, agent, keys)
-    return agent, buffer, jax.tree.map(lambda values: values[-1], metrics)
+    agent, metrics = jax.lax.scan(sample_and_update, agent, jax.random.split(key, num_updates))
+    return agent, jax.tree.map(jnp.mean, metrics)
 
 
-@partial(jax.jit, static_argnames=("best_of", "num_steps"))
-def act(agent: Agent, obs, key, step, best_of: int, num_steps: int) -> jax.Array:
-    """Actions (E, d) at observations (E, obs_dim): the best of `best_of` samples by the minimum of the critics."""
+@partial(jax.jit, donate_argnames=("agent", "buffer"))
+def train_step(agent: Agent, buffer: ReplayBuffer, transitions: Transition, key, step: int):
+    """The device's work of a step: insert E transitions, then make E * updates_per_step updates.
+
+    Returns agent, buffer and metrics; the agent and the buffer passed in are gone. `key` may be
+    the same at each call, `step` may not.
+    """
+    buffer = add_transitions(buffer, transitions)
+    num_updates = len(transitions.rewards) * agent.args.updates_per_step
+    agent, metrics = learn(agent, buffer, jax.random.fold_in(key, step), num_updates)
+    return agent, buffer, metrics
+
+
+@partial(jax.jit, static_argnames="training")
+def act(agent: Agent, obs: jax.Array, key, step: int, training: bool) -> jax.Array:
+    """Actions (E, d) in [-1, 1] at observations (E, obs_dim), the best of K samples by the critics.
+
+    K is `act_best_of` in training, else `eval_best_of`. `key` may be the same at each call, `step`
+    may not.
+    """
+    args = agent.args
+    num_samples = args.act_best_of if training else args.eval_best_of
     key = jax.random.fold_in(key, step)
-    actions = sample_actions(agent.actor, agent.params["actor"], obs, key, best_of, num_steps)  # (E, K, d)
-    q_values = agent.critic.apply(agent.params["critic"], obs[:, None], actions).min(axis=0)  # (E, K)
-    return actions[jnp.arange(len(obs)), q_values.argmax(axis=-1)]
+    params = agent.params["actor"]
+    actions = sample_actions(agent.actor, params, obs, key, num_samples, args.diffusion_steps)
+    return choose_best(agent, obs, actions)
 
 
-# ================================================== EVALUATION ===================================================
-def evaluate(agent: Agent, envs: list[gym.Env], seed: int, args: Args) -> dict[str, float]:
-    """Play one episode in each environment by the best of `eval_best_of` samples; depends on agent and seed alone."""
+# ========================================== EVALUATION ===========================================
+MAX_EVAL_STEPS = 10_000  # an episode that does not end by itself is cut here
+
+
+def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | None" = None) -> dict:
+    """Play an episode in each environment by the best of `eval_best_of` samples; the scores to log.
+
+    Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
+    """
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), list(range(len(envs)))
-    while running:
-        actions = act(agent, obs, jax.random.key(seed), lengths.max(), args.eval_best_of, args.diffusion_steps)
-        for i, action in zip(running.copy(), np.asarray(actions)[running], strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
+    returns = np.zeros(len(envs))
+    lengths = np.zeros(len(envs), int)
+    running = list(range(len(envs)))
+    key = jax.random.key(seed)
+    for step in range(MAX_EVAL_STEPS):
+        if not running:
+            break
+        if run is not None and run.stop_signal:
+            return {}
+        actions = np.asarray(act(agent, obs, key, step, training=False))
+        for i in running.copy():
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            lengths[i] += 1
             if terminated or truncated:
                 running.remove(i)
-    scores = {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
-    return {f"eval/episodic_{name}": value for name, value in scores.items()}
+    return {
+        "eval/episodic_return": returns.mean(),
+        "eval/episodic_return_std": returns.std(),
+        "eval/episodic_length": lengths.mean(),
+    }
 
 
-# ================================================== CHECKPOINTS ==================================================
-def require_finite(manager: ocp.CheckpointManager, step: int, **values) -> None:
-    """Exit with one line if a value is not finite, before it reaches environment, buffer, log or checkpoint."""
-    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
-        manager.close()  # waits for a checkpoint that is being written
-        raise SystemExit(f"stopped at step {step}: non-finite {', '.join(bad)}; saved: step {manager.latest_step()}")
+# =========================================== TRAINING ============================================
+LOG_FREQUENCY = 100  # environment steps between two entries of the losses
 
 
-def load_checkpoint(args: Args) -> dict:
-    """The state in the newest checkpoint of the run `args.resume`; exits with one line if it cannot be used."""
-    folder = pathlib.Path(args.resume, "checkpoints").absolute()
-    *older, step = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) or ["*"]
-    try:
-        state = cloudpickle.loads(zlib.decompress(ocp.StandardCheckpointer().restore(folder / f"{step}/default")[0]))
-        if state["script"] != pathlib.Path(__file__).stem or args != Args(resume=args.resume):
-            raise ValueError(f"a run of {state['script']}.py, which keeps its script and its flags")
-    except Exception as error:  # of any kind: the file may hold anything
-        reason = f"{' '.join(str(error).split())}; older ones (remove this one to use them): {older}"
-        raise SystemExit(f"--resume cannot use {folder}/{step}: {reason}") from None
-    return state | {"args": Args(**state["args"] | {"resume": args.resume})}
+class State(NamedTuple):
+    """All that training changes: a checkpoint is one of these, and the flags.
+
+    Resuming is exact because there is nothing else. Random keys are made from the seed and the step
+    (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
+    and random generators; what TensorBoard was told after the checkpoint is dropped and told again.
+    """
+
+    step: int  # environment steps made, over all environments
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    obs: np.ndarray  # (E, obs_dim), what the environments show now
+    transitions: Transition | None  # of the last step: they enter the buffer with the next update
 
 
-# ===================================================== MAIN ======================================================
-def main(args: Args, signals: list[int] | tuple = ()) -> Agent:
-    """Train an agent, log to runs/{run} and return it; a number put into `signals` ends the run after the step."""
-    saved = load_checkpoint(args) if args.resume else {"args": check_args(args), "step": 0}
-    args, first = saved["args"], saved["step"]
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run = pathlib.Path(args.resume or f"runs/{name}")
-    same_step = gym.vector.AutoresetMode.SAME_STEP  # the default would add a fake transition after each episode
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    video_folders = [f"{run}/videos/{first}" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
-    eval_envs = [make_env(args.env_id, folder) for folder in video_folders if args.eval_frequency]
-    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    init_key, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
-    agent, buffer = create_agent(args, *dims, init_key), create_buffer(args.buffer_size, *dims)
-    insert = jax.jit(add_transitions, donate_argnames="buffer")
+def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> list[gym.Env]:
+    """An environment for each episode of an evaluation; --capture-video records the first one."""
+    if args.eval_frequency == 0:
+        return []
+    videos = run_folder / "videos" / f"from-step-{first_step}" if args.capture_video else None
+    others = [make_env(args.env_id) for _ in range(args.eval_episodes - 1)]
+    return [make_env(args.env_id, videos), *others]
+
+
+def create_state(args: Args) -> State:
+    """The beginning of a run."""
+    envs = make_envs(args.env_id, args.num_envs)
     envs.action_space.seed(args.seed)
-    obs = envs.reset(seed=args.seed + first)[0].astype(np.float32)  # MuJoCo's are float64: cast once
-    transitions, clock, learn_from = None, None, args.learning_starts
-    if args.resume:
-        (leaves, structure), loaded = jax.tree.flatten((agent, buffer)), saved["leaves"]
-        if [x.shape for x in loaded] != [x.shape for x in leaves[: len(loaded)]]:
-            raise SystemExit(f"--resume {run}: its networks have other sizes than this script's")
-        leaves[: len(loaded)] = [old.delete() or jnp.array(new) for old, new in zip(leaves, loaded, strict=False)]
-        agent, buffer = jax.tree.unflatten(structure, leaves)
-        learn_from += first * (len(loaded) < len(leaves))  # --no-checkpoint-buffer: a new one is filled first
-        transitions = Transition(*saved["last"])
-        envs, obs = cloudpickle.loads(saved["envs"]) if "envs" in saved else (envs, obs)
-        if "envs" not in saved:
-            print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
+    obs, _ = envs.reset(seed=args.seed)  # environment i gets seed + i
+    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    init_key, _, _ = jax.random.split(jax.random.key(args.seed), 3)  # `train` uses the other two
+    agent = create_agent(args, *dims, init_key)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(_lock := open(run / "lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)  # noqa: SIM115 (freed at the end)
-        for path in run.glob("events*"):
-            os.truncate(path, saved["log_sizes"].get(path.name, 0))  # what came after the checkpoint comes again
-        log = tb.EventsWriter(f"{run}/events", f".{first}")
-    except OSError as error:
-        raise SystemExit(f"{run} cannot be written, or another process is writing it: {error}") from None
-    if not args.resume:
-        table = "\n".join(["|flag|value|", "|-|-|", *(f"|{flag}|{value}|" for flag, value in asdict(args).items())])
-        log.write_event(tb.event_pb2.Event(wall_time=time.time(), summary=summary.text("hyperparameters", table)))
-    if args.track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run.name, "id": run.name}
-        wandb = importlib.import_module("wandb").init(**names, config=asdict(args), save_code=True, resume="allow")
-    print(f"{args.env_id} on {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
-    manager = ocp.CheckpointManager(run.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    for step in range(first, args.total_timesteps, args.num_envs):
-        done, records = step + args.num_envs, []  # done: environment steps once this one has been made
-        is_due = [n and done // n > step // n for n in (100, args.eval_frequency, args.checkpoint_frequency)]
-        is_last = bool(stop := list(signals)) or done >= args.total_timesteps
-        # The device's calls return at once: it acts, then makes the update while the environments step.
-        if step >= args.learning_starts:
-            actions = act(agent, obs, act_key, step, args.act_best_of, args.diffusion_steps)
+        buffer = create_buffer(args.buffer_size, *dims)
+    except jax.errors.JaxRuntimeError:
+        what = "does not fit into the device's memory"
+        raise SystemExit(f"--buffer-size must be smaller: {args.buffer_size} {what}") from None
+    return State(0, agent, buffer, envs, obs.astype(np.float32), None)
+
+
+def is_due(frequency: int, before: int, after: int) -> bool:
+    """Whether a multiple of `frequency` lies among the steps before+1..after; never if it is 0."""
+    return frequency > 0 and after // frequency > before // frequency
+
+
+def train(args: Args, state: State, run: "RunFolder") -> Agent:
+    """Act, learn, step the environments and log, until `total_timesteps` or a signal."""
+    _, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    eval_envs = make_eval_envs(args, run.path, state.step)
+    while state.step < args.total_timesteps and not run.stop_signal:
+        before, agent, buffer, envs, obs, transitions = state
+        step = before + args.num_envs  # once this one has been made
+        is_learning = before >= args.learning_starts and transitions is not None
+
+        # 1. Act: uniformly at first, then by the policy.
+        if is_learning:
+            actions = act(agent, obs, act_key, before, training=True)
         else:
             actions = envs.action_space.sample()
-        if learning := step >= learn_from:
-            agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, step, args)
-        elif transitions:
-            buffer = insert(buffer, transitions)
-        require_finite(manager, done, actions=(actions := np.asarray(actions)))
+
+        # 2. Learn. JAX returns before the device is done, so this update runs while the CPU steps
+        #    the environments. Hence it learns from transitions up to the step before, and the
+        #    policy that acts above is one update behind.
+        if is_learning:
+            agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
+        elif transitions is not None:
+            buffer = add_transitions(buffer, transitions)
+
+        # 3. Step the environments. Only a termination has no future: a truncated episode bootstraps
+        #    from its true last observation (next_obs is then the first of the next episode).
+        actions = np.asarray(actions)
+        run.require_finite(step, actions=actions)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        last_obs = next_obs.astype(np.float32)
-        for i in np.flatnonzero(terminations | truncations):
-            last_obs[i] = infos["final_obs"][i]  # next_obs[i] is the first of the next episode
-            final = infos["final_info"]
-            charts = {"episodic_return": final["episode"]["r"], "episodic_length": final["episode"]["l"]}
-            charts |= final.get("charts", {})  # scalars of the environment's own, and gymnasium's masks, _{name}
-            records += [(step + i + 1, f"charts/{tag}", charts[tag][i]) for tag in charts if tag[0] != "_"]
-        transitions = Transition(obs, actions, np.float32(rewards), last_obs, np.float32(terminations))
-        obs = next_obs.astype(np.float32)
-        require_finite(manager, done, observations=(last_obs, obs), rewards=transitions.rewards)
-        if learning and (any(is_due) or is_last):  # only here device values are read, and waited for
-            require_finite(manager, done, **(scalars := jax.device_get(metrics)))
-            if clock:  # SPS leaves out the random steps, compiling and evaluation
-                scalars["charts/SPS"] = (done - clock[0]) / (time.perf_counter() - clock[1])
-            if is_due[1]:
-                scalars |= evaluate(agent, eval_envs, args.seed + 1_000_003 * done, args)
-                print(f"step {done}: evaluation {scalars['eval/episodic_return']:.1f}", flush=True)
-            require_finite(manager, done, **scalars)
-            records += [(done, tag, value) for tag, value in scalars.items() if any(is_due[:2])]
-            clock = done, time.perf_counter()
-        try:
-            for at, tag, value in records:
-                log.write_event(tb.event_pb2.Event(wall_time=time.time(), step=at, summary=summary.scalar(tag, value)))
-                if args.track:
-                    wandb.log({tag: value, "global_step": at})
-            if any(is_due) or is_last:
-                log.flush()
-            if args.checkpoint_frequency and (is_due[2] or is_last):
-                state = {"script": pathlib.Path(__file__).stem, "args": asdict(args), "step": done}
-                state |= {"last": (*transitions,), "log_sizes": {p.name: p.stat().st_size for p in run.glob("events*")}}
-                state["leaves"] = jax.device_get(jax.tree.leaves((agent, buffer) if args.checkpoint_buffer else agent))
-                with contextlib.suppress(Exception):  # an environment may hold what cannot be pickled
-                    state["envs"] = cloudpickle.dumps((envs, obs))
-                array = np.frombuffer(zlib.compress(cloudpickle.dumps(state), 0), np.uint8)  # Orbax has no checksum
-                if not manager.all_steps():
-                    print(f"step {done}: checkpoints take {len(array) / 1e6:.1f} MB, two of them are kept", flush=True)
-                manager.save(done, args=ocp.args.StandardSave([array]))
-            (manager.close if is_last else manager.check_for_errors)()
-        except (OSError, ValueError) as error:  # a full disk, for one; Orbax raises the latter
-            raise SystemExit(f"stopped at step {done}: {error}; earlier checkpoints are kept") from None
-        if stop:
-            raise SystemExit(128 + stop[0])
-    if args.save_model:
-        (run / f"{args.exp_name}.model").write_bytes(serialization.to_bytes(agent.params))
-    for env in (envs, *eval_envs):
+        next_obs, rewards = np.float32(next_obs), np.float32(rewards)
+        last_obs = next_obs.copy()
+        ended = np.flatnonzero(terminations | truncations)
+        for i in ended:
+            last_obs[i] = infos["final_obs"][i]
+        run.require_finite(step, observations=(last_obs, next_obs), rewards=rewards)
+        transitions = Transition(obs, actions, rewards, last_obs, np.float32(terminations))
+        state = State(step, agent, buffer, envs, next_obs, transitions)
+
+        # 4. Once in a while: log, evaluate, save. Only here device values are read, and waited for.
+        for i in ended:
+            run.log(before + i + 1, episode_charts(infos, i))
+        if is_learning and is_due(LOG_FREQUENCY, before, step):
+            scalars = jax.device_get(metrics)
+            run.require_finite(step, **scalars)
+            run.log(step, scalars | run.speed())
+        if is_learning and is_due(args.eval_frequency, before, step):
+            scores = evaluate(agent, eval_envs, args.seed + 1_000_003 * step, run)
+            run.require_finite(step, **scores)
+            run.log(step, scores)
+        if is_due(args.checkpoint_frequency, before, step):
+            run.save(state)
+        run.show_progress(step)
+    run.finish(state)
+    for env in (state.envs, *eval_envs):
         env.close()
-    return agent
+    return state.agent
+
+
+def main(args: Args) -> Agent:
+    """Train an agent, or go on training one, and return it."""
+    check_args(args)
+    choose_renderer(args)
+    args, state = load_state(args.resume) if args.resume else (args, create_state(args))
+    with RunFolder(args, state.step) as run:
+        return train(args, state, run)
+
+
+# ========================================== RUN FOLDER ===========================================
+# Nothing below is needed to understand the method: log, progress, checkpoints, signals, errors.
+
+
+class RunFolder:
+    """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
+
+    One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
+    `train` ends after the step it is in; a second one ends the process at once.
+    """
+
+    def __init__(self, args: Args, first_step: int):
+        self.args = args
+        self.stop_signal = 0
+        self.saved_step = first_step if args.resume else None
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.path = pathlib.Path(args.resume or f"runs/{name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            start_tracking(args, self.path.name)
+            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+        except OSError as error:
+            what = "cannot be written, or another process is writing it"
+            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
+        if args.resume:
+            # TensorBoard drops what earlier files say of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            event = Event(step=first_step + 1, session_log=start)
+        else:
+            event = Event(summary=text_pb("hyperparameters", hyperparameters_table(args)))
+        event.wall_time = time.time()
+        self.writer.add_event(event)
+        self.start_progress(first_step)
+
+    def __enter__(self):
+        self.old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old_handlers[number] = signal.signal(number, self.receive_signal)
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        try:
+            self.writer.close()
+        except OSError as close_error:
+            if error_type is None:
+                raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
+        finally:
+            self.lock.close()
+
+    def receive_signal(self, number, frame):
+        if self.stop_signal:
+            os._exit(128 + number)
+        self.stop_signal = number
+
+    # ------------------------------------------- log -------------------------------------------
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard; a full disk ends the run with one line."""
+        values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in scalars.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        try:
+            self.writer.add_event(event)
+        except OSError as error:
+            self.stop(step, error)
+        if "charts/episodic_return" in scalars:
+            self.shown["return"] = f"{scalars['charts/episodic_return']:.1f}"
+        if "eval/episodic_return" in scalars:
+            self.shown["evaluation"] = f"{scalars['eval/episodic_return']:.1f}"
+            self.print_line(step)
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def require_finite(self, step: int, **values) -> None:
+        """End the run with one line if a value is not finite, before it is used or kept."""
+        for name, arrays in values.items():
+            if not all(np.isfinite(array).all() for array in jax.tree.leaves(arrays)):
+                self.stop(step, f"non-finite {name}")
+
+    def stop(self, step: int, reason) -> None:
+        """Exit with one line that names the step, the reason and the last checkpoint."""
+        saved = "none" if self.saved_step is None else f"step {self.saved_step}"
+        line = f"stopped at step {step}: {one_line(reason)}; last checkpoint: {saved}"
+        raise SystemExit(line) from None
+
+    # ----------------------------------------- progress ----------------------------------------
+    def start_progress(self, first_step: int) -> None:
+        """A bar on a terminal; lines elsewhere."""
+        self.shown = {}  # last episodic return and evaluation
+        self.durations = collections.deque(maxlen=50)  # seconds of the last learning steps
+        self.step_time = self.line_time = time.monotonic()
+        self.is_long_run_announced = False
+        device = jax.devices()[0].device_kind
+        print(f"{self.args.env_id} on {device}: tensorboard --logdir {self.path}", flush=True)
+        self.bar = tqdm(
+            initial=first_step,
+            total=self.args.total_timesteps,
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def speed(self) -> dict[str, float]:
+        """Environment steps per second, by the median of the last 50 steps; empty before learning.
+
+        The median leaves out compiling, evaluations and checkpoints.
+        """
+        if not self.durations:
+            return {}
+        return {"charts/SPS": self.args.num_envs / float(np.median(self.durations))}
+
+    def show_progress(self, step: int) -> None:
+        """Call once a step: moves the bar, or prints a line every 30 seconds."""
+        now = time.monotonic()
+        self.durations.append(now - self.step_time)
+        self.step_time = now
+        if step <= self.args.learning_starts + 2 * self.args.num_envs:
+            self.durations.clear()  # random steps, and the one that compiles
+        if step >= self.args.learning_starts + 100 * self.args.num_envs:
+            self.announce_long_run(step)
+        self.bar.update(step - self.bar.n)
+        if now - self.line_time > 30:
+            self.print_line(step)
+
+    def print_line(self, step: int) -> None:
+        """Where there is no bar, one line: step, last return and evaluation, speed, time left."""
+        self.line_time = time.monotonic()
+        if not self.bar.disable:
+            return
+        total = self.args.total_timesteps
+        parts = [f"step {step:,} of {total:,}"]
+        parts += [f"{name} {value}" for name, value in self.shown.items()]
+        for speed in self.speed().values():
+            left = tqdm.format_interval((total - step) / speed)
+            parts += [f"{speed:.3g} steps/s", f"{left} left"]
+        print(", ".join(parts), flush=True)
+
+    def announce_long_run(self, step: int) -> None:
+        """Say once how long a run without an accelerator will take, if more than an hour."""
+        if self.is_long_run_announced or not self.durations or jax.default_backend() != "cpu":
+            return
+        self.is_long_run_announced = True
+        hours = (self.args.total_timesteps - step) / self.speed()["charts/SPS"] / 3600
+        if hours > 1:
+            line = f"This run will take about {hours:.0f} hours on this CPU; README.md has sizes"
+            tqdm.write(f"{line} for a CPU under 'On a laptop'.", sys.stdout)
+
+    # ---------------------------------------- checkpoints --------------------------------------
+    def save(self, state: State) -> None:
+        """Write checkpoints/{step}; the checkpoint before it is kept, older ones are removed."""
+        content = agent_content(self.args, state.agent) | training_content(state)
+        self.require_finite(state.step, parameters=content["leaves"])
+        folder = self.path / "checkpoints"
+        try:
+            self.writer.flush()  # the log is never behind a checkpoint
+            folder.mkdir(exist_ok=True)
+            write_file(folder / str(state.step), content)
+            for old_step in checkpoint_steps(folder)[:-2]:
+                (folder / str(old_step)).unlink()
+        except OSError as error:
+            self.stop(state.step, error)
+        self.saved_step = state.step
+
+    def finish(self, state: State) -> None:
+        """The last checkpoint and the saved model; after a signal, exit with its code."""
+        if self.args.checkpoint_frequency and self.saved_step != state.step:
+            self.save(state)
+        if self.args.save_model:
+            content = agent_content(self.args, state.agent)
+            self.require_finite(state.step, parameters=content["leaves"])
+            try:
+                write_file(self.path / f"{self.args.exp_name}.model", content)
+            except OSError as error:
+                self.stop(state.step, error)
+        if self.stop_signal:
+            raise SystemExit(128 + self.stop_signal)
+
+
+def agent_content(args: Args, agent: Agent) -> dict:
+    """What a saved model holds: an agent as plain data, with its flags and dimensions."""
+    return {
+        "script": Args.exp_name,
+        "args": asdict(args),
+        "obs_dim": agent.obs_dim,
+        "action_dim": agent.action_dim,
+        "leaves": jax.device_get(jax.tree.leaves(agent)),
+    }
+
+
+def training_content(state: State) -> dict:
+    """What a checkpoint holds beside the agent: the rest of the `State` as plain data."""
+    count = int(state.buffer.count)
+    return {
+        "step": state.step,
+        "buffer": [np.asarray(stored)[:count] for stored in state.buffer.storage],
+        "buffer_count": count,
+        "envs": pickle_environments(state.envs),
+        "obs": state.obs,
+        "transitions": None if state.transitions is None else tuple(state.transitions),
+    }
+
+
+def load_content(path: str | pathlib.Path) -> tuple[dict, Args, Agent]:
+    """What a file holds, with its flags and agent; exits with one line if it is of no use here."""
+    path = find_file(pathlib.Path(path))
+    try:
+        with gzip.open(path) as file:
+            content = pickle.loads(file.read())  # read to the end, where the checksum stands
+        if content["script"] != Args.exp_name:
+            raise ValueError(f"it was written by {content['script']}.py")
+        args = Args(**content["args"])
+        create = partial(create_agent, args, content["obs_dim"], content["action_dim"])
+        shapes = jax.eval_shape(create, jax.random.key(0))  # of the leaves; computes nothing
+        expected, structure = jax.tree.flatten(shapes)
+        if [leaf.shape for leaf in expected] != [leaf.shape for leaf in content["leaves"]]:
+            raise ValueError("its networks have other sizes than this script's")
+        agent = jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in content["leaves"]])
+    except Exception as error:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
+    return content, args, agent
+
+
+def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
+    """Flags and agent of a saved model, a checkpoint, or a run's folder (its newest checkpoint).
+
+    The agent is whole: it acts, and it can go on learning. The file is unpickled: load only what
+    you trust. Exits with one line if it cannot be used.
+    """
+    _, args, agent = load_content(path)
+    return args, agent
+
+
+def load_state(resume: str) -> tuple[Args, State]:
+    """Flags and state of the newest checkpoint of the run `resume`; exits with one line if none."""
+    content, args, agent = load_content(pathlib.Path(resume, "checkpoints"))
+    storage = []
+    for rows in content["buffer"]:
+        whole = np.zeros((args.buffer_size, *rows.shape[1:]), np.float32)
+        whole[: len(rows)] = rows
+        storage.append(jnp.array(whole))
+    buffer = ReplayBuffer(Transition(*storage), jnp.int32(content["buffer_count"]))
+    step, transitions = content["step"], content["transitions"]
+    if transitions is not None:
+        transitions = Transition(*transitions)
+    try:
+        envs, obs = pickle.loads(content["envs"]), content["obs"]
+    except Exception:  # of any kind: the environment may be the user's own
+        print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
+        envs = make_envs(args.env_id, args.num_envs)
+        envs.action_space.seed(args.seed + step)
+        obs, _ = envs.reset(seed=args.seed + step)
+    state = State(step, agent, buffer, envs, np.float32(obs), transitions)
+    return replace(args, resume=resume), state
+
+
+def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
+    """The environments with simulators and random generators; None if one cannot be pickled.
+
+    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept.
+    """
+
+    def set_attributes(env, attributes):
+        vars(env).update(attributes)
+
+    class EnvironmentPickler(cloudpickle.Pickler):
+        def reducer_override(self, value):
+            if isinstance(value, gym.Env):
+                create, arguments = object.__new__, (type(value),)
+                return create, arguments, vars(value), None, None, set_attributes
+            return super().reducer_override(value)
+
+    file = io.BytesIO()
+    try:
+        EnvironmentPickler(file).dump(envs)
+    except Exception:  # of any kind: the environment may be the user's own
+        return None
+    return file.getvalue()
+
+
+def checkpoint_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in ascending order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def find_file(path: pathlib.Path) -> pathlib.Path:
+    """`path` itself, or the newest checkpoint, else the saved model, if it is a folder."""
+    for folder in (path / "checkpoints", path):
+        steps = checkpoint_steps(folder)
+        if steps:
+            return folder / str(steps[-1])
+    models = sorted(path.glob("*.model"))
+    return models[0] if models else path
+
+
+def write_file(path: pathlib.Path, content: dict) -> None:
+    """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as checked:  # for its checksum
+            pickle.dump(content, checked)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_folder(folder: pathlib.Path):
+    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def start_tracking(args: Args, name: str) -> None:
+    """With --track, start a Weights and Biases run that follows the TensorBoard log opened next."""
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            save_code=True,
+            resume="allow",
+        )
+
+
+def hyperparameters_table(args: Args) -> str:
+    """The flags as a Markdown table, with the values that learning uses."""
+    flags = asdict(args) | asdict(learning_part(args))
+    rows = [f"|{flag}|{value}|" for flag, value in flags.items()]
+    return "\n".join(["|flag|value|", "|-|-|", *rows])
+
+
+def choose_renderer(args: Args) -> None:
+    """Let MuJoCo render offscreen for --capture-video where there is no display."""
+    has_display = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if args.capture_video and sys.platform == "linux" and not has_display:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+
+
+def one_line(error) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":
-    received = []  # the first signal ends the run after its step, a second one ends it at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os._exit(128 + number) if received else received.append(number))
-    main(tyro.cli(Args), received)
+    main(tyro.cli(Args))
