@@ -8,9 +8,9 @@
 """GeMPO-Square: online RL of a diffusion policy by flow matching with weights quadratic in Q.
 
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
-Chen, Li and Dai, 2026, arXiv 2603.10250. At a state s, draw N actions a_1..a_N from an older copy
-of the policy, value each by the critics, q_i = Q(s, a_i), and train the policy to denoise them with
-the weights
+Chen, Li and Dai, 2026, arXiv 2603.10250. At a state s, draw N actions a_1..a_N from pi_old, an
+older copy of the policy, value each by the critics, q_i = Q(s, a_i), and train the policy to denoise
+them (flow matching, in its equivalent form of noise prediction) with the weights
 
     w_i = max((q_i - nu) / lambda, 0)^2,   nu such that sum_i w_i = 1                    (section 4)
 
@@ -18,10 +18,14 @@ This is the improvement step regularized by an alpha-divergence with alpha = 1.5
 between linear and exponential weights: greedier than linear ones, which pays on flat rewards, but
 blind to actions below nu.
 
-Usage: `python gempo_square.py --env-id Hopper-v5`, or `--help`. The siblings gempo_exp.py,
-gempo_linear.py and gempo_neg.py differ in this docstring, in their own Args and in REWEIGHTING.
+lambda, the temperature, is adapted so that the weights keep a given KL divergence from uniform ones.
+The critics learn by temporal differences, as in SAC and TD3, without an entropy term.
 
-Shapes: B states of a batch, E environments, N particles (actions of a state), d action dimensions.
+Usage: `python gempo_square.py --env-id Hopper-v5`, or `--help`. The siblings gempo_exp.py,
+gempo_linear.py and gempo_neg.py differ in this docstring, in their own flags and in REWEIGHTING.
+
+Shapes: B states of a batch, E environments, N particles (the actions of a state), K samples of which
+the best is chosen, T steps of the sampler, d action dimensions.
 """
 
 import collections
@@ -73,7 +77,9 @@ class Hyperparameters:
     num_particles: int = 64  # actions drawn from pi_old at each state of the batch (N)
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
     additive_noise: float = 0.2  # standard deviation of the noise added to the particles
-    target_kl: float | None = None  # KL budget of the weights in nats (kappa); None: the paper's
+    target_kl: float | None = (
+        None  # KL budget of the weights, nats (kappa); None: paper's for env_id
+    )
     old_policy_interval: int = 1_000  # updates between two hard copies of the actor to pi_old
     loss_clip: float = 5.0  # upper limit of an element's squared error in the actor's loss
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
@@ -98,7 +104,7 @@ class Args(Hyperparameters):
     env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
     num_envs: int = 1  # environments stepped side by side (E)
     total_timesteps: int = 1_000_000  # environment steps in all, counted over all environments
-    learning_starts: int = 5_000  # environment steps with random actions before learning starts
+    learning_starts: int = 5_000  # environment steps with random actions (at least one) at first
     buffer_size: int = 1_000_000  # capacity of the replay buffer in transitions
     eval_frequency: int = 10_000  # environment steps between two evaluations; 0: none
     eval_episodes: int = 10  # episodes per evaluation
@@ -130,7 +136,7 @@ def check_args(args: Args) -> None:
         require(args, flag, 0 <= getattr(args, flag) <= 1, "a number from 0 to 1")
     require(args, "additive_noise", 0 <= args.additive_noise < math.inf, "finite and at least 0")
     if args.target_kl is not None:
-        log_n = math.log(args.num_particles)  # weights that sum to one are never further apart
+        log_n = math.log(args.num_particles)  # KL(w, uniform) is never above it
         is_allowed = 0 < args.target_kl < log_n
         require(args, "target_kl", is_allowed, f"above 0, below log(num_particles) = {log_n:.3f}")
     below = f"below --total-timesteps, {args.total_timesteps}"
@@ -144,7 +150,7 @@ def check_args(args: Args) -> None:
 
 
 def learning_part(args: Args) -> Hyperparameters:
-    """The flags of learning alone, with the paper's target_kl for None.
+    """The flags that learning depends on, with the paper's target_kl where it is None.
 
     The paper's budgets (Table 4) are for 64 particles. KL(w, uniform) is at most log N, so they
     are scaled to N particles by log N / log 64.
@@ -164,37 +170,47 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
     ...); actions are scaled. With a `video_folder`, every episode is recorded there. Exits with one
     line that says what fails if the environment cannot be made or has no such form.
     """
-    if ":" in env_id and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `module:id` finds a module in the working directory
+    find_modules(env_id)
     try:
         if video_folder is None:
             env = gym.make(env_id)
         else:
             env = gym.make(env_id, render_mode="rgb_array")
             env.reset()
-            env.render()  # fails here, not in the first evaluation, where nothing can be drawn
-            every_episode = {"episode_trigger": lambda episode: True}
-            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True, **every_episode)
+            env.render()  # where nothing can be drawn it fails here, not in the first evaluation
+            env = gym.wrappers.RecordVideo(
+                env, video_folder, episode_trigger=lambda episode: True, disable_logger=True
+            )
         env = gym.wrappers.FlattenObservation(env)
     except Exception as error:  # of any kind: the environment may be the user's own
         flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
         raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box):
-        cure = "wrap the environment so that gymnasium's FlattenObservation makes a Box of them"
-        raise SystemExit(f"--env-id {env_id} has observations {obs_space}: {cure}")
+        raise SystemExit(
+            f"--env-id {env_id} has observations {obs_space}, of which gymnasium's "
+            "FlattenObservation cannot make a Box: wrap the environment"
+        )
     is_box = isinstance(action_space, gym.spaces.Box)
     if not (is_box and len(action_space.shape) == 1 and action_space.is_bounded()):
-        cure = "they must be a bounded Box with one axis, which an action wrapper may make of them"
-        raise SystemExit(f"--env-id {env_id} has actions {action_space}: {cure}")
+        raise SystemExit(
+            f"--env-id {env_id} has actions {action_space}, which must be a bounded Box with one "
+            "axis: wrap the environment in a gymnasium.ActionWrapper"
+        )
     env = gym.wrappers.RecordEpisodeStatistics(env)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # keeps float32
+
+
+def find_modules(env_id: str) -> None:
+    """Let an environment's id `module:id` name a module in the working directory."""
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     """`num_envs` environments side by side; one that ends an episode is reset in the same step.
 
-    gymnasium's default resets in the next step instead, which adds a transition that is not one.
+    By gymnasium's default a step of its own would reset it, a transition that nobody played.
     """
     constructors = [partial(make_env, env_id)] * num_envs
     same_step = gym.vector.AutoresetMode.SAME_STEP
@@ -204,7 +220,8 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
 def episode_charts(infos: dict, index: int) -> dict[str, float]:
     """Return and length of the episode that environment `index` has just ended.
 
-    Scalars that the environment itself puts into info["charts"] at an episode's last step come too.
+    An environment may put scalars of its own into info["charts"] at an episode's last step; they
+    are logged beside these.
     """
     final = infos["final_info"]
     charts = {
@@ -232,18 +249,12 @@ def mish(x: jax.Array) -> jax.Array:
     return x - 2.0 * x / (e * (e + 2.0) + 2.0)
 
 
-def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
-    """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32."""
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
-
-
 class Actor(nn.Module):
     """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, f(t), g(s)].
 
     The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
-    then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a step, and not
-    for every particle at every step: 36% fewer multiply-adds.
+    then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a time, and not
+    for every particle at every time: 36% fewer multiply-adds at the default sizes.
     """
 
     action_dim: int
@@ -255,7 +266,7 @@ class Actor(nn.Module):
         self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
         self.time_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish])
         self.obs_features = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish])
-        # One orthogonal matrix for all three inputs; three separate ones would not be orthogonal.
+        # One matrix W = [W_x, W_t, W_s], orthogonal as a whole, which three separate ones were not.
         inputs = self.action_dim + TIME_DIM + STATE_DIM
         kernel = self.param("first_kernel", ORTHOGONAL, (inputs, width))
         splits = [self.action_dim, self.action_dim + TIME_DIM]
@@ -295,7 +306,7 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, actions):
-        # The first layer on [s, a] is a sum as in Actor: W_s s once for all actions of a state.
+        # The first layer on [s, a] is a sum: W_s s is computed once for all actions of a state.
         obs_dim = obs.shape[-1]
         inputs = obs_dim + actions.shape[-1]
         kernel = self.param("first_kernel", ORTHOGONAL, (inputs, self.hidden_dim))
@@ -307,21 +318,22 @@ class Critic(nn.Module):
         return Dense(1)(h).reshape(leading)
 
 
-# Two critics with parameters of their own: values (2, ...).
+# Two critics with parameters of their own on the same inputs: values (2, ...).
 TwinCritic = nn.vmap(
     Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
 )
 
 
 # =========================================== DIFFUSION ===========================================
-T_MIN, T_MAX = 0.001, 0.9946  # at t = 1 the schedule would leave no signal (released code)
+T_MIN, T_MAX = 0.001, 0.9946  # (released code); at t = 1 the schedule would leave no signal
 
 
 def noise_schedule(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, at t in [0, 1] (cosine schedule).
 
     alpha_t = cos(u_t) / cos(u_0) with u_t = pi/2 (t + .008) / 1.008, and sigma_t^2 = 1 - alpha_t^2,
-    written as a product of sines so that nothing cancels where t is small.
+    written as a product of sines, cos^2 u_0 - cos^2 u = sin(u - u_0) sin(u + u_0), so that nothing
+    cancels where t is small.
     """
     u_0 = math.pi / 2 * 0.008 / 1.008
     rise = math.pi / 2 * t / 1.008  # u_t - u_0
@@ -340,7 +352,7 @@ def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 class DenoisingStep(NamedTuple):
-    """What the sampler needs at one step, from time t_i to t_{i-1}."""
+    """What the sampler needs for its step from time t_i to t_{i-1}; stacked over i = 1..T."""
 
     alpha: jax.Array  # alpha and sigma at t_i
     sigma: jax.Array
@@ -354,8 +366,10 @@ class DenoisingStep(NamedTuple):
 def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
     """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim).
 
-    `num_steps` ancestral DDPM steps on a uniform grid of times, on which x_i is a_i x_{i-1} +
-    sqrt(beta_i) eps; the predicted x_0 is clipped to the box of actions at every step.
+    Ancestral DDPM sampling on a uniform grid of times t_T = T_MAX, ..., t_0 = T_MIN: noise was added
+    by x_i = a_i x_{i-1} + sqrt(beta_i) eps, so it is taken away by the mean of x_{i-1} given x_i and
+    the predicted x_0, which is clipped to the box of actions; the noise of a step back has the
+    standard deviation sqrt(beta_i) (released code). The action is the last mean.
     """
     times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
     alpha, sigma = noise_schedule(times)
@@ -367,7 +381,7 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         sigma=sigma[1:],
         x_0_weight=alpha[:-1] * beta / sigma[1:] ** 2,
         x_weight=a * sigma[:-1] ** 2 / sigma[1:] ** 2,
-        noise_std=jnp.sqrt(beta).at[0].set(0.0),
+        noise_std=jnp.sqrt(beta).at[0].set(0.0),  # i = 1 is the last step made
         time_embedding=actor.apply(params, times[1:, None], method="embed_time"),
         key=keys[1:],
     )
@@ -380,20 +394,20 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
 
     x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
-    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
-    return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box by about sigma(T_MIN) = 0.006
+    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)  # from i = T to 1
+    return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
 
 
 # ========================================== REWEIGHTING ==========================================
 # To add a weighting, edit this section alone: return weights (..., N) that sum to one over the
 # particles, and shift q by its maximum first. The weights are constants in the loss: no gradient
-# flows through them.
+# flows through them. A number that it needs is one more field at the end of Hyperparameters.
 #
 # Square weights. Sort q in descending order and divide by temp, z_1 >= z_2 >= ...; nu / temp = m. If
 # the first k particles are active (above m), with mean z-bar_k and sum of squared deviations D_k,
 # then sum_{i<=k} (z_i - m)^2 = D_k + k (z-bar_k - m)^2 = 1 gives m = z-bar_k - sqrt((1 - D_k) / k).
 # Particle k is active iff z_k >= m, that is iff sum_{i<=k} (z_i - z_k)^2 = D_k + k (z-bar_k - z_k)^2
-# is at most 1. The sum never falls with k, so k is the number of particles that pass (Appendix E.3).
+# is at most 1. The sum is 0 at first and never falls, so k counts those that pass (Appendix E.3).
 
 
 def solve_normalizer(q: jax.Array, temp: jax.Array) -> jax.Array:
@@ -413,19 +427,19 @@ def solve_normalizer(q: jax.Array, temp: jax.Array) -> jax.Array:
 
 def reweight(q: jax.Array, temp: jax.Array) -> jax.Array:
     """Weights max((q_i - nu) / temp, 0)^2 (section 4), which sum to one: (..., N), for q (..., N)."""
-    q = q - q.max(axis=-1, keepdims=True)  # changes no weight, and float32 then rounds none
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
     nu = solve_normalizer(q, temp)
     return jnp.maximum((q - nu) / temp, 0.0) ** 2
 
 
 def compute_weights(q: jax.Array, temp: jax.Array, args: Hyperparameters) -> jax.Array:
-    """`reweight` with this script's hyperparameters."""
+    """`reweight` with this script's own hyperparameters: the one call that all siblings share."""
     return reweight(q, temp)
 
 
 # ========================================= REPLAY BUFFER =========================================
 class Transition(NamedTuple):
-    """Transitions as arrays, with a batch axis: obs (E, obs_dim), actions (E, d), rewards (E,)."""
+    """Transitions as arrays with one batch axis, of E, B or all rows: obs (E, obs_dim), rewards (E,)."""
 
     obs: Any
     actions: Any  # in [-1, 1]
@@ -471,10 +485,10 @@ def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Trans
 
 # =========================================== LEARNING ============================================
 class Agent(struct.PyTreeNode):
-    """All that learning changes, and its hyperparameters and dimensions, which are static."""
+    """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
 
     params: dict  # "actor", "critic" and "log_lambda", the logarithm of the temperature
-    slow_params: dict  # "actor": pi_old, "critic": the target critics
+    slow_params: dict  # copies that lag behind: "actor" is pi_old, "critic" the target critics
     opt_state: Any
     num_updates: jax.Array
     args: Hyperparameters = struct.field(pytree_node=False)
@@ -513,7 +527,7 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
     params = networks | {"log_lambda": jnp.zeros(())}
     return Agent(
         params=params,
-        slow_params=jax.tree.map(jnp.copy, networks),  # copies: train_step donates every array
+        slow_params=jax.tree.map(jnp.copy, networks),  # train_step cannot donate an array twice
         opt_state=make_optimizer(hyperparameters).init(params),
         num_updates=jnp.zeros((), jnp.int32),
         args=hyperparameters,
@@ -532,22 +546,31 @@ def choose_best(agent: Agent, obs: jax.Array, actions: jax.Array) -> jax.Array:
 
 
 def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
-    """y = r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,), a' from the current policy."""
+    """y = r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,).
+
+    a' is a sample of the current policy; of `td_best_of` samples the best by the online critics.
+    """
     args = agent.args
-    params = agent.params["actor"]
-    samples = args.td_best_of, args.diffusion_steps
-    next_actions = sample_actions(agent.actor, params, batch.next_obs, key, *samples)
+    params, target_params = agent.params["actor"], agent.slow_params["critic"]
+    next_actions = sample_actions(
+        agent.actor, params, batch.next_obs, key, args.td_best_of, args.diffusion_steps
+    )
     next_actions = choose_best(agent, batch.next_obs, next_actions)
-    target_params = agent.slow_params["critic"]
     next_q = agent.critic.apply(target_params, batch.next_obs, next_actions).min(axis=0)
     return args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+
+def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
+    """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32."""
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
 def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.Array) -> jax.Array:
     """N actions of pi_old at each state, plus Gaussian noise: (B, N, d), not clipped (Algorithm 1).
 
-    The hidden layers take bfloat16 inputs here: the added noise drowns the rounding, and an update
-    on a CPU is 30% faster.
+    The hidden layers take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies faster; the
+    added noise (at its default) drowns the rounding.
     """
     args = agent.args
     actor = agent.actor.clone(dot=bfloat16_dot)
@@ -569,7 +592,8 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
     """
     x_t, t, eps = add_noise(key, particles)
     eps_hat = actor.apply(params, x_t, t, obs[:, None])
-    # Clipped before it is weighted: past the clip a negative weight pushes no further.
+    # Clipped before it is weighted: past the clip there is no gradient, so that a negative weight
+    # stops pushing (and a positive one pulling).
     errors = jnp.minimum((eps_hat - eps) ** 2, loss_clip)
     return jnp.mean(weights.shape[-1] * weights[..., None] * errors)
 
@@ -577,8 +601,9 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
 def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
     """lambda (kappa - KL(w, uniform)) (equation 23), and the KL; weights (B, N).
 
-    Weights sharper than the budget kappa raise lambda, which flattens them. Negative weights are
-    cut off at 1e-6, so the budget bounds the positive part (released code).
+    Only its gradient by log lambda counts, in which the weights are constants: weights sharper than
+    the budget kappa raise lambda, which flattens them. Weights are first cut off at 1e-6 and made to
+    sum to one again, so where some are negative the budget bounds the positive ones (released code).
     """
     p = jnp.maximum(weights, 1e-6)
     p = p / p.sum(axis=-1, keepdims=True)
@@ -590,14 +615,15 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
     """One gradient step of critics, actor and temperature on B transitions; and scalars to log."""
     args = agent.args
-    params = agent.params
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
 
     # Algorithm 1: value the next states, draw particles from pi_old, value and weigh them.
     targets = td_targets(agent, batch, next_key)
     particles = draw_particles(agent, batch.obs, particle_key, noise_key)  # (B, N, d)
-    q_values = agent.critic.apply(params["critic"], batch.obs[:, None], particles).mean(axis=0)
-    temperature = jnp.exp(params["log_lambda"])
+    critic_params, log_lambda = agent.params["critic"], agent.params["log_lambda"]
+    # The mean of both critics here, their minimum in targets and choices (released code).
+    q_values = agent.critic.apply(critic_params, batch.obs[:, None], particles).mean(axis=0)
+    temperature = jnp.exp(log_lambda)
     weights = compute_weights(q_values, temperature, args)  # (B, N)
 
     def loss(params):  # the three losses share no parameters, so one gradient of the sum serves all
@@ -609,9 +635,9 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
         losses = {"critic_loss": q_loss, "actor_loss": pi_loss, "temperature_loss": lambda_loss}
         return q_loss + pi_loss + lambda_loss, (losses, kl)
 
-    grads, (losses, kl) = jax.grad(loss, has_aux=True)(params)
-    updates, opt_state = make_optimizer(args).update(grads, agent.opt_state)
-    agent = step_agent(agent, optax.apply_updates(params, updates), opt_state)
+    grads, (losses, kl) = jax.grad(loss, has_aux=True)(agent.params)
+    changes, opt_state = make_optimizer(args).update(grads, agent.opt_state)
+    agent = step_agent(agent, optax.apply_updates(agent.params, changes), opt_state)
 
     metrics = {f"losses/{name}": value for name, value in losses.items()}
     metrics["losses/q_values"] = q_values.mean()
@@ -684,10 +710,11 @@ def act(agent: Agent, obs: jax.Array, key, step: int, training: bool) -> jax.Arr
 
 # ========================================== EVALUATION ===========================================
 MAX_EVAL_STEPS = 10_000  # an episode that does not end by itself is cut here
+EVAL_SEED_STRIDE = 1_000_003  # keeps the seeds of two evaluations apart
 
 
 def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | None" = None) -> dict:
-    """Play an episode in each environment by the best of `eval_best_of` samples; the scores to log.
+    """Play an episode in each environment as `act` does outside of training; the scores to log.
 
     Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
     """
@@ -724,7 +751,9 @@ class State(NamedTuple):
 
     Resuming is exact because there is nothing else. Random keys are made from the seed and the step
     (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
-    and random generators; what TensorBoard was told after the checkpoint is dropped and told again.
+    and random generators (where they can be pickled; a line says so where not); what TensorBoard
+    was told after the checkpoint is dropped and told again. Only an evaluation that a signal cut
+    short is not made up for.
     """
 
     step: int  # environment steps made, over all environments
@@ -771,7 +800,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
     eval_envs = make_eval_envs(args, run.path, state.step)
     while state.step < args.total_timesteps and not run.stop_signal:
         before, agent, buffer, envs, obs, transitions = state
-        step = before + args.num_envs  # once this one has been made
+        step = before + args.num_envs  # environment steps made by the end of this round
         is_learning = before >= args.learning_starts and transitions is not None
 
         # 1. Act: uniformly at first, then by the policy.
@@ -780,37 +809,37 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         else:
             actions = envs.action_space.sample()
 
-        # 2. Learn. JAX returns before the device is done, so this update runs while the CPU steps
-        #    the environments. Hence it learns from transitions up to the step before, and the
-        #    policy that acts above is one update behind.
+        # 2. Learn. JAX returns before the device is done, so these updates run while the CPU steps
+        #    the environments. Hence they learn from transitions up to the step before, and the
+        #    policy that acts above is one step's updates behind.
         if is_learning:
             agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
         elif transitions is not None:
             buffer = add_transitions(buffer, transitions)
 
         # 3. Step the environments. Only a termination has no future: a truncated episode bootstraps
-        #    from its true last observation (next_obs is then the first of the next episode).
+        #    from its true last observation; new_obs is then the first one of the next episode.
         actions = np.asarray(actions)
         run.require_finite(step, actions=actions)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        next_obs, rewards = np.float32(next_obs), np.float32(rewards)
-        last_obs = next_obs.copy()
+        new_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        new_obs, rewards = np.float32(new_obs), np.float32(rewards)
+        next_obs = new_obs.copy()
         ended = np.flatnonzero(terminations | truncations)
         for i in ended:
-            last_obs[i] = infos["final_obs"][i]
-        run.require_finite(step, observations=(last_obs, next_obs), rewards=rewards)
-        transitions = Transition(obs, actions, rewards, last_obs, np.float32(terminations))
-        state = State(step, agent, buffer, envs, next_obs, transitions)
+            next_obs[i] = infos["final_obs"][i]
+        run.require_finite(step, observations=(next_obs, new_obs), rewards=rewards)
+        transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
+        state = State(step, agent, buffer, envs, new_obs, transitions)
 
-        # 4. Once in a while: log, evaluate, save. Only here device values are read, and waited for.
+        # 4. Once in a while: log, evaluate, save. Only here values of the update are waited for.
         for i in ended:
-            run.log(before + i + 1, episode_charts(infos, i))
+            run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
         if is_learning and is_due(LOG_FREQUENCY, before, step):
             scalars = jax.device_get(metrics)
             run.require_finite(step, **scalars)
             run.log(step, scalars | run.speed())
         if is_learning and is_due(args.eval_frequency, before, step):
-            scores = evaluate(agent, eval_envs, args.seed + 1_000_003 * step, run)
+            scores = evaluate(agent, eval_envs, args.seed + EVAL_SEED_STRIDE * step, run)
             run.require_finite(step, **scores)
             run.log(step, scores)
         if is_due(args.checkpoint_frequency, before, step):
@@ -828,7 +857,10 @@ def main(args: Args) -> Agent:
     choose_renderer(args)
     args, state = load_state(args.resume) if args.resume else (args, create_state(args))
     with RunFolder(args, state.step) as run:
-        return train(args, state, run)
+        agent = train(args, state, run)
+    if run.stop_signal:
+        raise SystemExit(128 + run.stop_signal)
+    return agent
 
 
 # ========================================== RUN FOLDER ===========================================
@@ -852,7 +884,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)
+            start_tracking(args, self.path.name)  # before the writer, which it is to follow
             self.writer = EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
@@ -887,6 +919,7 @@ class RunFolder:
             self.lock.close()
 
     def receive_signal(self, number, frame):
+        """The first signal asks `train` to stop; a second one ends the process without more ado."""
         if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = number
@@ -999,7 +1032,7 @@ class RunFolder:
         self.saved_step = state.step
 
     def finish(self, state: State) -> None:
-        """The last checkpoint and the saved model; after a signal, exit with its code."""
+        """The last checkpoint, and the saved model."""
         if self.args.checkpoint_frequency and self.saved_step != state.step:
             self.save(state)
         if self.args.save_model:
@@ -1009,8 +1042,6 @@ class RunFolder:
                 write_file(self.path / f"{self.args.exp_name}.model", content)
             except OSError as error:
                 self.stop(state.step, error)
-        if self.stop_signal:
-            raise SystemExit(128 + self.stop_signal)
 
 
 def agent_content(args: Args, agent: Agent) -> dict:
@@ -1029,7 +1060,7 @@ def training_content(state: State) -> dict:
     count = int(state.buffer.count)
     return {
         "step": state.step,
-        "buffer": [np.asarray(stored)[:count] for stored in state.buffer.storage],
+        "buffer": [np.asarray(stored)[:count] for stored in state.buffer.storage],  # filled rows
         "buffer_count": count,
         "envs": pickle_environments(state.envs),
         "obs": state.obs,
@@ -1069,7 +1100,9 @@ def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
 
 def load_state(resume: str) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run `resume`; exits with one line if none."""
-    content, args, agent = load_content(pathlib.Path(resume, "checkpoints"))
+    content, args, agent = load_content(resume)
+    if "step" not in content:
+        raise SystemExit(f"--resume {resume} must hold a checkpoint; it holds a saved model only")
     storage = []
     for rows in content["buffer"]:
         whole = np.zeros((args.buffer_size, *rows.shape[1:]), np.float32)
@@ -1079,6 +1112,7 @@ def load_state(resume: str) -> tuple[Args, State]:
     step, transitions = content["step"], content["transitions"]
     if transitions is not None:
         transitions = Transition(*transitions)
+    find_modules(args.env_id)
     try:
         envs, obs = pickle.loads(content["envs"]), content["obs"]
     except Exception:  # of any kind: the environment may be the user's own
@@ -1120,21 +1154,23 @@ def checkpoint_steps(folder: pathlib.Path) -> list[int]:
 
 
 def find_file(path: pathlib.Path) -> pathlib.Path:
-    """`path` itself, or the newest checkpoint, else the saved model, if it is a folder."""
-    for folder in (path / "checkpoints", path):
-        steps = checkpoint_steps(folder)
-        if steps:
-            return folder / str(steps[-1])
-    models = sorted(path.glob("*.model"))
-    return models[0] if models else path
+    """`path` itself if it is a file; of a run's folder the newest checkpoint, else the saved model."""
+    if not path.is_dir():
+        return path
+    steps = checkpoint_steps(path / "checkpoints")
+    files = [path / "checkpoints" / str(step) for step in steps[-1:]] or list(path.glob("*.model"))
+    if not files:
+        raise SystemExit(f"{path} holds no checkpoint and no saved model")
+    return files[0]
 
 
 def write_file(path: pathlib.Path, content: dict) -> None:
     """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as checked:  # for its checksum
-            pickle.dump(content, checked)
+        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+            pickle.dump(content, gzip_file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1156,7 +1192,7 @@ def lock_folder(folder: pathlib.Path):
 
 
 def start_tracking(args: Args, name: str) -> None:
-    """With --track, start a Weights and Biases run that follows the TensorBoard log opened next."""
+    """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
     if args.track:
         import wandb
 
