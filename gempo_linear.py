@@ -9,8 +9,8 @@
 
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
 Chen, Li and Dai, 2026, arXiv 2603.10250. At a state s, draw N actions a_1..a_N from pi_old, an
-older copy of the policy, value each by the critics, q_i = Q(s, a_i), and train the policy to denoise
-them (flow matching, in its equivalent form of noise prediction) with the weights
+older copy of the policy, add noise, value each by the critics, q_i = Q(s, a_i), and train the policy
+to denoise them (flow matching, here by noise prediction, as in the released code) with the weights
 
     w_i = max((q_i - nu) / lambda, 0),   nu such that sum_i w_i = 1                      (section 4)
 
@@ -18,7 +18,8 @@ This is the improvement step regularized by the chi-squared divergence (table 1;
 fixed temperature). Actions below nu do not count; above it the weights grow slowly, which keeps the
 policy broad on steep rewards.
 
-lambda, the temperature, is adapted so that the weights keep a given KL divergence from uniform ones.
+lambda, the temperature, is adapted so that the (positive part of the) weights keeps a given KL
+divergence from uniform ones.
 The critics learn by temporal differences, as in SAC and TD3, without an entropy term.
 
 Usage: `python gempo_linear.py --env-id Hopper-v5`, or `--help`. The siblings gempo_exp.py,
@@ -143,8 +144,6 @@ def check_args(args: Args) -> None:
     require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
     at_most = f"at most --buffer-size, {args.buffer_size}"
     require(args, "num_envs", args.num_envs <= args.buffer_size, at_most)
-    alone = args.resume is None or args == Args(resume=args.resume)
-    require(args, "resume", alone, "the only flag, since a run keeps its flags")
     has_wandb = importlib.util.find_spec("wandb") is not None
     require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
 
@@ -170,7 +169,7 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
     ...); actions are scaled. With a `video_folder`, every episode is recorded there. Exits with one
     line that says what fails if the environment cannot be made or has no such form.
     """
-    find_modules(env_id)
+    allow_local_modules(env_id)
     try:
         if video_folder is None:
             env = gym.make(env_id)
@@ -198,10 +197,11 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
             "axis: wrap the environment in a gymnasium.ActionWrapper"
         )
     env = gym.wrappers.RecordEpisodeStatistics(env)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # keeps float32
+    # Bounds in float32, or the rescaled space's actions would be float64.
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def find_modules(env_id: str) -> None:
+def allow_local_modules(env_id: str) -> None:
     """Let an environment's id `module:id` name a module in the working directory."""
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -210,7 +210,8 @@ def find_modules(env_id: str) -> None:
 def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     """`num_envs` environments side by side; one that ends an episode is reset in the same step.
 
-    By gymnasium's default a step of its own would reset it, a transition that nobody played.
+    By default gymnasium spends the next step on the reset and ignores its action, which would make
+    a false transition.
     """
     constructors = [partial(make_env, env_id)] * num_envs
     same_step = gym.vector.AutoresetMode.SAME_STEP
@@ -266,7 +267,7 @@ class Actor(nn.Module):
         self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
         self.time_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish])
         self.obs_features = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish])
-        # One matrix W = [W_x, W_t, W_s], orthogonal as a whole, which three separate ones were not.
+        # One matrix W = [W_x, W_t, W_s], orthogonal as a whole, as that of a first layer would be.
         inputs = self.action_dim + TIME_DIM + STATE_DIM
         kernel = self.param("first_kernel", ORTHOGONAL, (inputs, width))
         splits = [self.action_dim, self.action_dim + TIME_DIM]
@@ -369,19 +370,20 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
     Ancestral DDPM sampling on a uniform grid of times t_T = T_MAX, ..., t_0 = T_MIN: noise was added
     by x_i = a_i x_{i-1} + sqrt(beta_i) eps, so it is taken away by the mean of x_{i-1} given x_i and
     the predicted x_0, which is clipped to the box of actions; the noise of a step back has the
-    standard deviation sqrt(beta_i) (released code). The action is the last mean.
+    standard deviation sqrt(beta_i) (released code). The action is the mean at t_0.
     """
     times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
     alpha, sigma = noise_schedule(times)
     a = alpha[1:] / alpha[:-1]
-    beta = 1 - a**2
+    beta = 1 - a**2  # since alpha^2 + sigma^2 = 1
     keys = jax.random.split(key, num_steps + 1)
+    # Arrays over i = 1..T; the scan goes through them backwards.
     steps = DenoisingStep(
         alpha=alpha[1:],
         sigma=sigma[1:],
         x_0_weight=alpha[:-1] * beta / sigma[1:] ** 2,
         x_weight=a * sigma[:-1] ** 2 / sigma[1:] ** 2,
-        noise_std=jnp.sqrt(beta).at[0].set(0.0),  # i = 1 is the last step made
+        noise_std=jnp.sqrt(beta).at[0].set(0.0),  # none in the last step
         time_embedding=actor.apply(params, times[1:, None], method="embed_time"),
         key=keys[1:],
     )
@@ -394,14 +396,15 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
 
     x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
-    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)  # from i = T to 1
+    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
 
 
 # ========================================== REWEIGHTING ==========================================
-# To add a weighting, edit this section alone: return weights (..., N) that sum to one over the
-# particles, and shift q by its maximum first. The weights are constants in the loss: no gradient
-# flows through them. A number that it needs is one more field at the end of Hyperparameters.
+# To add a weighting, replace the functions of this section: return weights (..., N) that sum to one
+# over the particles and become uniform as temp rises, and shift q by its maximum first. No gradient
+# flows through them. A number of its own is one more field of Hyperparameters and a line in
+# check_args.
 #
 # Linear weights. Sort q in descending order, x_1 >= x_2 >= ..., with prefix sums S_k. If the first
 # k particles are active (above nu), sum_{i<=k} (x_i - nu) / temp = 1 gives nu = (S_k - temp) / k.
@@ -485,16 +488,20 @@ class Agent(struct.PyTreeNode):
     slow_params: dict  # copies that lag behind: "actor" is pi_old, "critic" the target critics
     opt_state: Any
     num_updates: jax.Array
-    args: Hyperparameters = struct.field(pytree_node=False)
+    args: Hyperparameters = struct.field(
+        pytree_node=False
+    )  # of learning_part: target_kl is filled in
     obs_dim: int = struct.field(pytree_node=False)
     action_dim: int = struct.field(pytree_node=False)
 
     @property
     def actor(self) -> Actor:
+        """The denoiser's architecture; its parameters are in `params` and `slow_params`."""
         return Actor(self.action_dim, self.args.hidden_dim)
 
     @property
     def critic(self) -> nn.Module:
+        """The critics' architecture."""
         return TwinCritic(self.args.hidden_dim)
 
 
@@ -517,7 +524,7 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
         "actor": Actor(action_dim, args.hidden_dim).init(actor_key, actions, t, obs),
         "critic": TwinCritic(args.hidden_dim).init(critic_key, obs, actions),
     }
-    # lambda = exp(log_lambda) moves by a fixed ratio an update, whatever the scale of Q.
+    # Adam moves log_lambda by about its rate, so lambda by a fixed ratio, at any scale of Q.
     params = networks | {"log_lambda": jnp.zeros(())}
     return Agent(
         params=params,
@@ -561,7 +568,9 @@ def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
 
 
 def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.Array) -> jax.Array:
-    """N actions of pi_old at each state, plus Gaussian noise: (B, N, d), not clipped (Algorithm 1).
+    """N actions of pi_old at each state, plus Gaussian noise: (B, N, d) (Algorithm 1).
+
+    They may leave [-1, 1]; the critics extrapolate there (released code).
 
     The hidden layers take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies faster; the
     added noise (at its default) drowns the rounding.
@@ -593,11 +602,11 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
 
 
 def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
-    """lambda (kappa - KL(w, uniform)) (equation 23), and the KL; weights (B, N).
+    """lambda (kappa - KL(p, uniform)) (equation 23), and the KL.
 
-    Only its gradient by log lambda counts, in which the weights are constants: weights sharper than
-    the budget kappa raise lambda, which flattens them. Weights are first cut off at 1e-6 and made to
-    sum to one again, so where some are negative the budget bounds the positive ones (released code).
+    p are the weights (B, N), cut off at 1e-6 and made to sum to one again: where some are negative,
+    the budget kappa bounds the positive part (released code). Only the gradient by log lambda counts,
+    in which p is a constant: weights sharper than the budget raise lambda, which flattens them.
     """
     p = jnp.maximum(weights, 1e-6)
     p = p / p.sum(axis=-1, keepdims=True)
@@ -620,7 +629,9 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     temperature = jnp.exp(log_lambda)
     weights = compute_weights(q_values, temperature, args)  # (B, N)
 
-    def loss(params):  # the three losses share no parameters, so one gradient of the sum serves all
+    # Targets, particles and weights are computed outside of `loss`: no gradient flows into them. The
+    # three losses share no parameters, so one gradient of their sum serves all.
+    def loss(params):
         q_loss = critic_loss(params["critic"], agent.critic, batch, targets)
         pi_loss = actor_loss(
             params["actor"], agent.actor, batch.obs, particles, weights, loss_key, args.loss_clip
@@ -647,7 +658,7 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
 def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
     """The agent with new parameters, which the target critics and, at times, pi_old follow."""
     num_updates = agent.num_updates + 1
-    interval = agent.args.old_policy_interval
+    interval = agent.args.old_policy_interval  # a hard copy at every multiple of it
     old, target = agent.slow_params["actor"], agent.slow_params["critic"]
     slow_params = {
         "actor": optax.periodic_update(params["actor"], old, num_updates, interval),
@@ -662,7 +673,8 @@ def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
 def learn(agent: Agent, buffer: ReplayBuffer, key, num_updates: int) -> tuple[Agent, dict]:
     """Make `num_updates` updates on batches of the buffer; the agent, and the mean of the metrics.
 
-    The agent passed in is gone (its arrays are reused).
+    The agent passed in is gone: its arrays are reused (donated). Inside of `train_step` jit and
+    donation of this function mean nothing; they are for calls from outside, as for a fixed dataset.
     """
 
     def sample_and_update(agent, key):
@@ -767,13 +779,21 @@ def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> lis
     return [make_env(args.env_id, videos), *others]
 
 
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of a run: for the networks, for acting and for learning."""
+    init_key, act_key, update_key = jax.random.split(jax.random.key(seed), 3)
+    return init_key, act_key, update_key
+
+
 def create_state(args: Args) -> State:
-    """The beginning of a run."""
+    """The beginning of a run; exits with one line if a flag is not allowed."""
+    check_args(args)
+    choose_renderer(args)
     envs = make_envs(args.env_id, args.num_envs)
     envs.action_space.seed(args.seed)
     obs, _ = envs.reset(seed=args.seed)  # environment i gets seed + i
     dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    init_key, _, _ = jax.random.split(jax.random.key(args.seed), 3)  # `train` uses the other two
+    init_key, _, _ = run_keys(args.seed)
     agent = create_agent(args, *dims, init_key)
     try:
         buffer = create_buffer(args.buffer_size, *dims)
@@ -790,7 +810,7 @@ def is_due(frequency: int, before: int, after: int) -> bool:
 
 def train(args: Args, state: State, run: "RunFolder") -> Agent:
     """Act, learn, step the environments and log, until `total_timesteps` or a signal."""
-    _, act_key, update_key = jax.random.split(jax.random.key(args.seed), 3)
+    _, act_key, update_key = run_keys(args.seed)
     eval_envs = make_eval_envs(args, run.path, state.step)
     while state.step < args.total_timesteps and not run.stop_signal:
         before, agent, buffer, envs, obs, transitions = state
@@ -803,9 +823,10 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         else:
             actions = envs.action_space.sample()
 
-        # 2. Learn. JAX returns before the device is done, so these updates run while the CPU steps
-        #    the environments. Hence they learn from transitions up to the step before, and the
-        #    policy that acts above is one step's updates behind.
+        # 2. Learn. JAX returns before the device is done: np.asarray(actions) below waits for `act`
+        #    alone, which was called first, and the updates run while the CPU steps the environments.
+        #    The price: compared with acting, stepping and then learning, the policy that acts lacks
+        #    the updates that use the last transitions (one update with one environment).
         if is_learning:
             agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
         elif transitions is not None:
@@ -825,7 +846,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
         state = State(step, agent, buffer, envs, new_obs, transitions)
 
-        # 4. Once in a while: log, evaluate, save. Only here values of the update are waited for.
+        # 4. Once in a while: log, evaluate, save. Only here the loop waits for this round's updates.
         for i in ended:
             run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
         if is_learning and is_due(LOG_FREQUENCY, before, step):
@@ -846,10 +867,8 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
 
 
 def main(args: Args) -> Agent:
-    """Train an agent, or go on training one, and return it."""
-    check_args(args)
-    choose_renderer(args)
-    args, state = load_state(args.resume) if args.resume else (args, create_state(args))
+    """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
+    args, state = load_state(args) if args.resume else (args, create_state(args))
     with RunFolder(args, state.step) as run:
         agent = train(args, state, run)
     if run.stop_signal:
@@ -878,7 +897,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)  # before the writer, which it is to follow
+            start_tracking(args, self.path.name)  # it follows only writers made after it
             self.writer = EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
@@ -1041,7 +1060,7 @@ class RunFolder:
 def agent_content(args: Args, agent: Agent) -> dict:
     """What a saved model holds: an agent as plain data, with its flags and dimensions."""
     return {
-        "script": Args.exp_name,
+        "script": Args.exp_name,  # the default: the name of this script
         "args": asdict(args),
         "obs_dim": agent.obs_dim,
         "action_dim": agent.action_dim,
@@ -1092,11 +1111,18 @@ def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
     return args, agent
 
 
-def load_state(resume: str) -> tuple[Args, State]:
-    """Flags and state of the newest checkpoint of the run `resume`; exits with one line if none."""
-    content, args, agent = load_content(resume)
+def load_state(args: Args) -> tuple[Args, State]:
+    """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
+    is_alone = args == Args(resume=args.resume)
+    require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
-        raise SystemExit(f"--resume {resume} must hold a checkpoint; it holds a saved model only")
+        raise SystemExit(
+            f"--resume {args.resume} must hold a checkpoint; it holds a saved model only"
+        )
+    args = replace(saved_args, resume=args.resume)
+    check_args(args)
+    choose_renderer(args)
     storage = []
     for rows in content["buffer"]:
         whole = np.zeros((args.buffer_size, *rows.shape[1:]), np.float32)
@@ -1106,16 +1132,15 @@ def load_state(resume: str) -> tuple[Args, State]:
     step, transitions = content["step"], content["transitions"]
     if transitions is not None:
         transitions = Transition(*transitions)
-    find_modules(args.env_id)
+    allow_local_modules(args.env_id)
     try:
         envs, obs = pickle.loads(content["envs"]), content["obs"]
-    except Exception:  # of any kind: the environment may be the user's own
+    except Exception:  # of any kind; they are None where they could not be pickled
         print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
         envs = make_envs(args.env_id, args.num_envs)
         envs.action_space.seed(args.seed + step)
         obs, _ = envs.reset(seed=args.seed + step)
-    state = State(step, agent, buffer, envs, np.float32(obs), transitions)
-    return replace(args, resume=resume), state
+    return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
 
 
 def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
@@ -1130,8 +1155,8 @@ def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
     class EnvironmentPickler(cloudpickle.Pickler):
         def reducer_override(self, value):
             if isinstance(value, gym.Env):
-                create, arguments = object.__new__, (type(value),)
-                return create, arguments, vars(value), None, None, set_attributes
+                # Constructor, its arguments, state, list and dict items (none), how to set the state.
+                return object.__new__, (type(value),), vars(value), None, None, set_attributes
             return super().reducer_override(value)
 
     file = io.BytesIO()
