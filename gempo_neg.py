@@ -78,9 +78,7 @@ class Hyperparameters:
     num_particles: int = 64  # actions drawn from pi_old at each state of the batch (N)
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
     additive_noise: float = 0.2  # standard deviation of the noise added to the particles
-    target_kl: float | None = (
-        None  # KL budget of the weights, nats (kappa); None: paper's for env_id
-    )
+    target_kl: float | None = None  # KL budget of the weights in nats (kappa); None: the paper's
     old_policy_interval: int = 1_000  # updates between two hard copies of the actor to pi_old
     loss_clip: float = 5.0  # upper limit of an element's squared error in the actor's loss
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
@@ -132,6 +130,7 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("gamma", "tau"):
@@ -493,9 +492,7 @@ class Agent(struct.PyTreeNode):
     slow_params: dict  # copies that lag behind: "actor" is pi_old, "critic" the target critics
     opt_state: Any
     num_updates: jax.Array
-    args: Hyperparameters = struct.field(
-        pytree_node=False
-    )  # of learning_part: target_kl is filled in
+    args: Hyperparameters = struct.field(pytree_node=False)  # by learning_part, so target_kl is set
     obs_dim: int = struct.field(pytree_node=False)
     action_dim: int = struct.field(pytree_node=False)
 
