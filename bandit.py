@@ -1,41 +1,55 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax", "flax", "optax", "tyro", "tensorboardX", "matplotlib", "numpy", "scipy"]
+# dependencies = ["flax", "jax>=0.5", "matplotlib", "numpy", "optax", "scipy", "tyro>=0.9"]
 # ///
-"""The one-dimensional bandit of GeMPO (arXiv 2603.10250, section 5.1): its theory on one screen.
+"""The one-dimensional bandit of GeMPO (arXiv 2603.10250, section 5.1): the method without the RL.
 
-A flow policy is fitted to its own best samples: draw N candidates from it, weight them by their
-rewards, and minimise sum_i w_i |v(x_t, t) - (eps - x_0)|^2 (equation 8). Only the weights differ:
+A policy over a single action a in [-1, 1] is fitted to its own best samples. One epoch is:
 
-    name     divergence      generator f            weight of candidate i              known as
-    exp      forward KL      x log x                exp((q_i - nu) / lam)              DPMD, AWR
-    linear   chi-squared     x^2 - 1                max((q_i - nu) / lam, 0)
-    square   alpha = 1.5     as power               max((q_i - nu) / lam, 0)^2
-    power    alpha > 1       (x^a - x) / (a(a-1))   max((q_i - nu) / lam, 0)^(1/(a-1))
-    neg      chi-squared on signed measures         max((q_i - nu) / lam, ell / N)     equation 11
-    qvpo     chi-squared, lambda = 1/2 for ever     max(q_i - nu, 0) / N               QVPO
-    wd1      none (its weights sum to zero)         softmax(A)_i - softmax(-A)_i       WD1
+    1. draw N candidates a_i from the policy and add Gaussian noise to them;
+    2. look up their rewards q_i = R(a_i), which are the Q-values here: a bandit has no future;
+    3. turn the rewards into weights w_i, with a temperature lambda;
+    4. take 30 Adam steps on sum_i w_i |v(x_t, t) - (eps - x_0)|^2 at x_0 = a_i (equation 8);
+    5. evaluate: the simple regret is max_a R(a) - E_pi[R(a)], without the noise of step 1.
 
-nu makes the weights of the N candidates sum to one; A is q with zero mean and unit variance.
-lam takes up constants such as the 2 in f' = 2 x. ell is a floor on N w_i. QVPO's V is read as nu,
-as Example 3.2 says.
+The policy is a velocity field v on the path x_t = (1 - t) x_0 + t eps, from an action x_0 at t = 0
+to noise eps at t = 1. Methods differ in step 3 alone:
 
-    python bandit.py --problem sharp --num-seeds 20      # Figure 2, two sharp optima
-    python bandit.py --problem broad --num-seeds 20      # Figure 2, two broad optima
-    python bandit.py --problem escape --num-seeds 20     # Figure 1, Neg escapes
+    name     divergence         generator f             weight w_i                         known as
+    exp      forward KL         x log x                 exp((q_i - nu) / lambda)           DPMD, AWR
+    linear   chi-squared        x^2 - 1                 max((q_i - nu) / lambda, 0)
+    square   alpha = 1.5        as power                max((q_i - nu) / lambda, 0)^2
+    power    alpha > 1          (x^a - x) / (a(a - 1))  max((q_i - nu) / lambda, 0)^(1/(a-1))
+    neg      signed chi-squared x^2 - 1                 max((q_i - nu) / lambda, ell / N)  (11)
+    qvpo     chi-squared        x^2 - 1                 max(q_i - nu, 0) / N               QVPO
+    wd1      -                  -                       softmax(A)_i - softmax(-A)_i       WD1
+
+nu is the normalizer: the number for which the N weights sum to one. Candidates with q_i below nu
+have no weight (neg: a negative one, down to ell / N). lambda absorbs constants such as the 2 in
+f'(x) = 2 x. In qvpo (example 3.2) nu is the V of that method, and lambda = 1/2 for ever. A is q
+with zero mean and unit variance; wd1 has no nu, since its weights sum to zero (example 3.4).
+
+    python bandit.py --problem sharp                  # Figure 2, two sharp optima
+    python bandit.py --problem broad                  # Figure 2, two broad optima
+    python bandit.py --problem escape                 # Figure 1, the policy starts on the lower one
     python bandit.py --problem escape --methods neg --ell 0 -0.05 -0.1 -0.3 -0.5 -1
-    python bandit.py --problem sharp --methods linear power --alpha 1.2 --matching nce
-    python bandit.py --problem velocity                  # Theorem D.2 with signed weights
+    python bandit.py --methods linear power --alpha 1.2 --matching nce
+
+A run prints a table and saves four files to runs/{problem}__bandit__{seed}__{time}: args.json (the
+flags), regret.csv, regret.png, and results.npz with what else was measured at each epoch, from
+which benchmark/plot_bandit.py draws how the policy moved.
+
+Shapes: N candidates, S seeds, E epochs; epoch 0 is the initial policy.
 """
 
 import csv
+import json
 import math
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -43,681 +57,635 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from scipy import stats
-from tensorboardX import SummaryWriter
 
+# =========================================== ARGUMENTS ===========================================
 Weighting = Literal["exp", "linear", "square", "neg", "power", "wd1", "qvpo"]
 
 
-@dataclass(frozen=True)  # frozen: hashable, so that the whole of it is a static argument of jit
+@dataclass(frozen=True)  # hashable, so that all flags together are a static argument of jit
 class Args:
-    problem: Literal["sharp", "broad", "escape", "velocity"] = "sharp"
-    """two sharp optima, two broad ones, a policy that starts on the lower one, or Theorem D.2"""
-    num_seeds: int = 20
-    """seeds `seed` to `seed + num_seeds - 1`, all in one call"""
-    seed: int = 1
-    """the first seed (velocity uses this one alone)"""
-    methods: tuple[Weighting, ...] = ()
-    """weightings to compare (none given: exp linear square, and neg on escape)"""
-    ell: tuple[float, ...] = (-0.3,)
-    """floors of neg on the mean-one weights, each its own curve; 0 is linear"""
-    alpha: float = 1.25
-    """alpha of power, above 1; 2 is linear, 1.5 is square"""
-    matching: Literal["flow", "nce"] = "flow"
-    """reweighted flow matching (equation 8) or noise contrastive estimation (appendix G)"""
-    nce_gamma: float = 1.0
-    """gamma of NCE: the loss difference that counts as one nat"""
-    temperature: float | None = None
-    """lambda for weights of mean one, the same for all weightings (none: 0.05, on escape 0.01)"""
-    target_kl: float | None = None
-    """tune the temperature to this KL(w | uniform) in nats (appendix F), from `temperature` on"""
-    temperature_lr: float = 0.05
-    """Adam rate on log temperature, one step an epoch; used with target_kl"""
-    eta: float = 0.0
-    """stochasticity of the sampler (equation 4); 0 is the ODE"""
-    sampler_steps: int = 20
-    """steps of the sampler from noise to action"""
-    num_epochs: int | None = None
-    """rounds of sampling and fitting (none: 100, on escape 200)"""
-    num_particles: int = 256
-    """N, candidates an epoch"""
-    candidate_noise: float = 0.1
-    """standard deviation of the noise added to the candidates, after the action bound"""
-    gradient_steps: int = 30
-    """Adam steps an epoch, all on the same candidates"""
-    learning_rate: float = 1e-3
-    """Adam rate of the policy"""
-    loss_clip: float | None = None
-    """clip of the squared error before the weight, inf for no clip (none given: 5, escape inf)"""
-    action_bound: float = 1.0
-    """sampled actions are clipped to [-action_bound, action_bound]"""
-    hidden: int = 48
-    """width of the two hidden layers of the velocity network"""
-    pretrain_steps: int = 1000
-    """steps that fit the initial policy (and, times 5, the network of --problem velocity)"""
-    runs_dir: str = "runs"
-    """where the run's folder is made"""
+    """The flags. None or (): the default of the problem, in PROBLEMS."""
+
+    problem: Literal["sharp", "broad", "escape"] = "sharp"  # which reward and initial policy
+    seed: int = 1  # first seed
+    num_seeds: int = 20  # seeds, `seed` and those after it; all methods share a seed's draws
+    methods: tuple[Weighting, ...] = ()  # weightings to compare, one curve each
+    ell: tuple[float, ...] = (-0.3,)  # floors of neg on N w_i, one curve each; 0 is linear
+    alpha: float = 1.25  # alpha of power; 2 is linear, 1.5 is square
+    matching: Literal["flow", "nce"] = "flow"  # equation 8, or noise contrastive (appendix G)
+    nce_gamma: float = 1.0  # gamma of nce, the difference in squared error that counts as one nat
+    temperature: float | None = None  # lambda for weights with mean one, alike for all weightings
+    target_kl: float | None = None  # KL budget in nats that tunes lambda (appendix F); None: fixed
+    temperature_lr: float = 0.05  # Adam's rate on log lambda, one step an epoch, with --target-kl
+    num_epochs: int | None = None  # epochs (E)
+    num_particles: int = 256  # candidates an epoch (N)
+    candidate_noise: float = 0.1  # standard deviation of the noise added to the candidates
+    gradient_steps: int = 30  # Adam steps an epoch, all on the same candidates
+    learning_rate: float = 1e-3  # Adam's rate on the policy
+    loss_clip: float | None = None  # upper limit of a squared error in the loss; inf: none
+    action_bound: float = 1.0  # sampled actions are clipped to [-action_bound, action_bound]
+    sampler_steps: int = 20  # steps of the sampler from noise to action
+    eta: float = 0.0  # noise of the sampler (equation 4): 0 is the ODE, 1 the reverse-time SDE
+    hidden: int = 48  # width of the two hidden layers of the velocity network
+    pretrain_steps: int = 1000  # Adam steps that fit the initial policy
+    runs_dir: str = "runs"  # where the run's folder is made
 
 
 class Method(NamedTuple):
-    """One curve: a weighting with its parameters. `name` is what tables and the CSV say."""
+    """One curve: a weighting, and for neg its floor."""
 
-    name: str
     weighting: Weighting
     ell: float = 0.0
-    alpha: float = 2.0
+
+    @property
+    def name(self) -> str:
+        return f"neg({self.ell:g})" if self.weighting == "neg" else self.weighting
 
 
-def parse_methods(args: Args) -> tuple[Method, ...]:
-    """One Method a curve: neg gives one for each value of --ell."""
+def list_methods(args: Args) -> list[Method]:
+    """The curves of a run; neg has one for each floor."""
     methods = []
     for weighting in args.methods:
         if weighting == "neg":
-            methods += [Method(f"neg({ell + 0.0:g})", "neg", ell=ell) for ell in args.ell]
+            methods += [Method("neg", ell + 0.0) for ell in args.ell]  # + 0.0: -0 becomes 0
         else:
-            methods.append(Method(weighting, weighting, alpha=args.alpha))
-    return tuple(methods)
+            methods.append(Method(weighting))
+    return methods
 
 
-# --- problem: rewards on a line, and the defaults under which section 5.1's claims show
+COUNTS = ("num_seeds", "num_epochs", "num_particles", "gradient_steps", "sampler_steps", "hidden")
+COUNTS += ("pretrain_steps",)
+POSITIVES = ("temperature", "temperature_lr", "nce_gamma", "learning_rate", "action_bound")
 
 
+def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
+    """Exit with one line that names the flag and what it may be, unless `is_allowed`."""
+    if not is_allowed:
+        name = flag.replace("_", "-")
+        raise SystemExit(f"--{name} must be {allowed}, got {getattr(args, flag)}")
+
+
+def check_args(args: Args) -> None:
+    """Exit with one line if a flag is out of its range."""
+    for flag in COUNTS:
+        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
+    for flag in POSITIVES:
+        require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
+    for flag in ("eta", "candidate_noise"):
+        require(args, flag, 0 <= getattr(args, flag) < math.inf, "finite and at least 0")
+    is_seed = 0 <= args.seed <= 2**31 - args.num_seeds
+    require(args, "seed", is_seed, "at least 0, and the last seed below 2^31")
+    require(args, "alpha", 1 < args.alpha < math.inf, "finite and above 1")
+    require(args, "loss_clip", args.loss_clip > 0, "above 0, inf for no clip")
+    if args.target_kl is not None:
+        log_n = math.log(args.num_particles)  # weights that sum to one are never further apart
+        is_allowed = 0 < args.target_kl < log_n
+        require(args, "target_kl", is_allowed, f"above 0, below log(num_particles) = {log_n:.3f}")
+    are_floors = all(-math.inf < ell <= 0 for ell in args.ell)
+    require(args, "ell", are_floors, "finite and at most 0")
+    methods = list_methods(args)
+    is_distinct = len(set(methods)) == len(methods) > 0
+    require(args, "methods", is_distinct, "one or more, each once, and so the floors in --ell")
+    is_signed = any(method.ell < 0 or method.weighting == "wd1" for method in methods)
+    is_allowed = args.matching == "flow" or not is_signed
+    require(args, "matching", is_allowed, "flow with signed weights (wd1, and neg below 0)")
+
+
+# ============================================ PROBLEM ============================================
 class Problem(NamedTuple):
-    """R(a) = max_k heights[k] exp(-((a - centers[k]) / width)^2 / 2); policy from N(mean, std^2)"""
+    """R(a) = max_k heights[k] exp(-((a - centers[k]) / width)^2 / 2), and the initial policy."""
 
     width: float
-    heights: tuple[float, float]
+    heights: tuple[float, float]  # the lower optimum first
     centers: tuple[float, float]
-    init_mean: float
+    init_mean: float  # the initial policy is N(init_mean, init_std^2)
     init_std: float
-    defaults: dict
+    defaults: dict  # of flags that were not given
 
 
+# The paper prints neither its rewards nor these settings: benchmark/BANDIT.md says how they were
+# chosen. To escape needs both of its own: no loss clip, which stops the gradient of samples that
+# are pushed away, and a temperature so small that a policy on top of the lower optimum still has
+# candidates at the floor.
 QUICK = dict(methods=("exp", "linear", "square"), num_epochs=100, temperature=0.05, loss_clip=5.0)
-# Repulsion needs both: no loss clip (it stops the gradient of the pushed-away samples) and a
-# temperature so small that a policy sitting on the lower optimum still has candidates at the floor.
-SLOW = dict(methods=("exp", "linear", "square", "neg"), num_epochs=200, temperature=0.01)
+SLOW = dict(methods=("exp", "linear", "square", "neg"), num_epochs=200)
+SLOW |= dict(temperature=0.01, loss_clip=math.inf)
+BETWEEN = dict(heights=(0.7, 1.0), centers=(-0.7, 0.7), init_mean=0.0, init_std=0.4)
+ON_LOWER = dict(heights=(0.5, 1.0), centers=(-0.5, 0.5), init_mean=-0.5, init_std=0.15)
 PROBLEMS = {
-    "sharp": Problem(0.08, (0.7, 1.0), (-0.7, 0.7), 0.0, 0.4, QUICK),
-    "broad": Problem(0.5, (0.7, 1.0), (-0.7, 0.7), 0.0, 0.4, QUICK),
-    "escape": Problem(0.2, (0.5, 1.0), (-0.5, 0.5), -0.5, 0.15, SLOW | dict(loss_clip=math.inf)),
+    "sharp": Problem(width=0.08, defaults=QUICK, **BETWEEN),
+    "broad": Problem(width=0.5, defaults=QUICK, **BETWEEN),
+    "escape": Problem(width=0.2, defaults=SLOW, **ON_LOWER),
 }
-BINS = np.linspace(-1.25, 1.25, 101)  # of the policy's histogram
+
+
+def fill_defaults(args: Args) -> Args:
+    """The flags, with the problem's defaults for those that were not given."""
+    defaults = PROBLEMS[args.problem].defaults
+    missing = [flag for flag in defaults if getattr(args, flag) in (None, ())]
+    return replace(args, **{flag: defaults[flag] for flag in missing})
 
 
 def reward(problem: Problem, actions: jax.Array) -> jax.Array:
-    """(...) -> (...)"""
+    """R (...) at actions (...)."""
     z = (actions[..., None] - jnp.array(problem.centers)) / problem.width
-    return jnp.max(jnp.array(problem.heights) * jnp.exp(-(z**2) / 2), axis=-1)
+    bumps = jnp.array(problem.heights) * jnp.exp(-(z**2) / 2)
+    return bumps.max(axis=-1)
 
 
-# --- velocity network and the linear path x_t = (1 - t) x_0 + t eps
-
-
+# ============================================ POLICY =============================================
 class VelocityNet(nn.Module):
-    """v(x_t, t) for a scalar action: (...), (...) -> (...)."""
+    """v(x_t, t) (...) at x_t (...) and times t that broadcast to it; two hidden layers."""
 
     hidden: int
 
     @nn.compact
     def __call__(self, x, t):
         t = jnp.broadcast_to(t, x.shape)
-        h = jnp.stack([x, t, jnp.sin(2 * jnp.pi * t), jnp.cos(2 * jnp.pi * t)], axis=-1)
-        for _ in range(2):
-            h = nn.silu(nn.Dense(self.hidden)(h))
+        features = [x, t, jnp.sin(2 * jnp.pi * t), jnp.cos(2 * jnp.pi * t)]
+        h = jnp.stack(features, axis=-1)
+        h = nn.silu(nn.Dense(self.hidden)(h))
+        h = nn.silu(nn.Dense(self.hidden)(h))
         return nn.Dense(1)(h)[..., 0]
 
 
-def sampler_step(x, v, z, t, s, eta: float):
-    """Equation 4 from t down to s with velocity v = v(x, t) and fresh noise z: (...) -> (...).
+def sampler_step(x, v, z, t, s, eta: float) -> jax.Array:
+    """Equation 4 from time t down to s: x_s (...), for x = x_t, v = v(x, t) and fresh noise z.
 
-    Solves the SDE exactly while x0_hat stays the same, where Euler-Maruyama would divide by 1 - t
-    at t = 1: on this path the noise direction follows an Ornstein-Uhlenbeck process of rate
-    eta^2 / (t (1 - t)), so that from t to s it keeps (s (1 - t) / (t (1 - s)))^(eta^2) of itself.
-    eta = 0 is Euler's step on the ODE, x - (t - s) v.
+    x_0 and eps, as the velocity predicts them, are kept and mixed anew, with a share of eps
+    replaced by z. Without one, eta = 0, this is Euler's step x - (t - s) v on the ODE. The share is
+    the SDE's exact solution for a fixed x_0, where an Euler step would divide by 1 - t = 0 at the
+    start: eps is an Ornstein-Uhlenbeck process of rate eta^2 / (t (1 - t)), so that from t to s it
+    keeps (s (1 - t) / (t (1 - s)))^(eta^2) of itself. The law of x_0 is the same for every eta.
     """
-    x0_hat, eps_hat = x - t * v, x + (1 - t) * v
-    keep = (s * (1 - t) / (t * (1 - s))) ** (eta**2)
-    return (1 - s) * x0_hat + s * (keep * eps_hat + jnp.sqrt(1 - keep**2) * z)
+    x_0 = x - t * v
+    eps = x + (1 - t) * v
+    kept = (s * (1 - t) / (t * (1 - s))) ** (eta**2)
+    eps = kept * eps + jnp.sqrt(1 - kept**2) * z
+    return (1 - s) * x_0 + s * eps
 
 
-def sample_actions(velocity, x_1, key, num_steps: int, eta: float):
-    """noise x_1 (...) -> actions (...), in num_steps equal steps from t = 1 to 0."""
+def sample_actions(velocity, x_1, key, num_steps: int, eta: float) -> jax.Array:
+    """Actions x_0 (...) from noise x_1 (...), in equal steps from t = 1 to 0; velocity(x, t)."""
 
     def step(x, i):
-        t, s = (num_steps - i) / num_steps, (num_steps - i - 1) / num_steps
-        z = jax.random.normal(jax.random.fold_in(key, i), x.shape) if eta > 0 else 0.0
+        t = (num_steps - i) / num_steps
+        s = (num_steps - i - 1) / num_steps
+        z = 0.0
+        if eta > 0:
+            z = jax.random.normal(jax.random.fold_in(key, i), x.shape)
         return sampler_step(x, velocity(x, t), z, t, s, eta), None
 
-    return jax.lax.scan(step, x_1, jnp.arange(num_steps))[0]
+    x_0, _ = jax.lax.scan(step, x_1, jnp.arange(num_steps))
+    return x_0
 
 
-# --- reweighting
+def act(args: Args, params, x_1, key) -> jax.Array:
+    """Actions (...) of the policy from noise x_1 (...), clipped to the action bound."""
+    velocity = partial(VelocityNet(args.hidden).apply, params)
+    actions = sample_actions(velocity, x_1, key, args.sampler_steps, args.eta)
+    return jnp.clip(actions, -args.action_bound, args.action_bound)
 
 
-def solve_normalizer(q, temp, weighting: Weighting, ell: float = 0.0, alpha: float = 2.0):
-    """nu with sum_i w_i = 1 (appendix E): q (..., N), temp = lam -> (..., 1). Not for wd1."""
+# ========================================== REWEIGHTING ==========================================
+# To add a weighting: write its function here, on q shifted by its maximum; call it in
+# compute_weights; add its name to Weighting, and to is_signed in check_args if it can be negative.
+# exp, linear, square and neg are those of gempo_{exp,linear,square,neg}.py word for word, where
+# their derivations stand.
+
+
+def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """nu (..., 1) such that sum_i exp((q_i - nu) / temp) = 1, for q (..., N) and temp > 0."""
+    return temp * jax.nn.logsumexp(q / temp, axis=-1, keepdims=True)
+
+
+def reweight_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """Weights exp((q_i - nu) / temp) (example 3.1), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_exp(q, temp)
+    return jnp.exp((q - nu) / temp)
+
+
+def solve_normalizer_linear(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """nu (..., 1) such that sum_i max((q_i - nu) / temp, 0) = 1, for q (..., N) and temp > 0."""
+    x = jnp.sort(q, axis=-1, descending=True)
+    prefix_sums = jnp.cumsum(x, axis=-1)
+    excess = prefix_sums - jnp.arange(1, q.shape[-1] + 1) * x
+    k = jnp.sum(excess <= temp, axis=-1, keepdims=True)
+    active_sum = jnp.take_along_axis(prefix_sums, k - 1, axis=-1)
+    return (active_sum - temp) / k
+
+
+def reweight_linear(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """Weights max((q_i - nu) / temp, 0) (section 4), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_linear(q, temp)
+    return jnp.maximum((q - nu) / temp, 0.0)
+
+
+def solve_normalizer_square(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """nu (..., 1) such that sum_i max((q_i - nu) / temp, 0)^2 = 1, for q (..., N) and temp > 0."""
+    z = jnp.sort(q, axis=-1, descending=True) / temp
+    ranks = jnp.arange(1, q.shape[-1] + 1)
+    means = jnp.cumsum(z, axis=-1) / ranks
+    # D_k grows by (z_k - z-bar_k)^2 k / (k - 1) (Welford); the paper's S_2 and S_1^2 would cancel.
+    growth = (z - means) ** 2 * ranks / jnp.maximum(ranks - 1, 1)
+    deviations = jnp.cumsum(growth, axis=-1)
+    excess = deviations + ranks * (means - z) ** 2
+    k = jnp.sum(excess <= 1, axis=-1, keepdims=True)
+    active_mean = jnp.take_along_axis(means, k - 1, axis=-1)
+    active_deviations = jnp.take_along_axis(deviations, k - 1, axis=-1)
+    return temp * (active_mean - jnp.sqrt((1 - active_deviations) / k))
+
+
+def reweight_square(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """Weights max((q_i - nu) / temp, 0)^2 (section 4), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_square(q, temp)
+    return jnp.maximum((q - nu) / temp, 0.0) ** 2
+
+
+def solve_normalizer_neg(q: jax.Array, temp: jax.Array, ell: float) -> jax.Array:
+    """nu (..., 1) such that sum_i max((q_i - nu) / temp, ell / N) = 1, for q (..., N), ell <= 0."""
     n = q.shape[-1]
-    q_max = jnp.max(q, axis=-1, keepdims=True)
-    x = q - q_max  # all sums below lose digits to the size of q if this is left out
-    if weighting == "exp":
-        return q_max + temp * jax.nn.logsumexp(x / temp, axis=-1, keepdims=True)
-    if weighting == "power":
-        # Bisection on the weight of the best particle, which lies in [1/N, 1]: given it,
-        # nu = -lam w_max^(alpha - 1), and the sum of the weights rises with it.
-        def halve(_, bracket):
-            low, high = bracket
-            mid = (low + high) / 2
-            w = jnp.maximum(x / temp + mid ** (alpha - 1), 0) ** (1 / (alpha - 1))
-            over = jnp.sum(w, axis=-1, keepdims=True) > 1
-            return jnp.where(over, low, mid), jnp.where(over, mid, high)
-
-        bracket = jnp.full_like(q_max, 1 / n), jnp.ones_like(q_max)
-        low, high = jax.lax.fori_loop(0, 30, halve, bracket)  # 2^-30 is below float32's step
-        return q_max - temp * ((low + high) / 2) ** (alpha - 1)
-    x = -jnp.sort(-x, axis=-1)
-    ranks = jnp.arange(1, n + 1)
-    sums = jnp.cumsum(x, axis=-1)
-    if weighting == "square":
-        excess = jnp.cumsum(x**2, axis=-1) - 2 * x * sums + ranks * x**2
-        k = jnp.maximum(jnp.sum(excess <= temp**2, axis=-1, keepdims=True), 1)
-        # mean and variance of the active ones rather than S1^2 - k S2, which cancels in float32
-        active = ranks <= k
-        mean = jnp.sum(jnp.where(active, x, 0), axis=-1, keepdims=True) / k
-        spread = jnp.sum(jnp.where(active, (x - mean) ** 2, 0), axis=-1, keepdims=True)
-        return q_max + mean - jnp.sqrt(jnp.maximum(temp**2 - spread, 0) / k)
-    floor = ell if weighting == "neg" else 0.0  # linear and qvpo have none
-    k = jnp.sum(sums - ranks * x <= temp * (1 - floor), axis=-1, keepdims=True)
-    k = jnp.maximum(k, 1)
-    rest = (n - k) / n * floor  # what the floored particles add to the sum of the weights
-    return q_max + (jnp.take_along_axis(sums, k - 1, axis=-1) - temp * (1 - rest)) / k
+    floor = ell / n
+    x = jnp.sort(q, axis=-1, descending=True)
+    prefix_sums = jnp.cumsum(x, axis=-1)
+    excess = prefix_sums - jnp.arange(1, n + 1) * x
+    k = jnp.sum(excess <= temp * (1 - n * floor), axis=-1, keepdims=True)
+    active_sum = jnp.take_along_axis(prefix_sums, k - 1, axis=-1)
+    return (active_sum - temp * (1 - (n - k) * floor)) / k
 
 
-def reweight(q, temp, weighting: Weighting, ell: float = 0.0, alpha: float = 2.0):
-    """Weights that sum to one (wd1: to zero): q (..., N), temp = lam -> (..., N)."""
-    if weighting == "wd1":  # Example 3.4; the constant only guards equal rewards
-        adv = q - jnp.mean(q, axis=-1, keepdims=True)
-        adv = adv / (jnp.std(q, axis=-1, keepdims=True) + 1e-8)
-        return jax.nn.softmax(adv) - jax.nn.softmax(-adv)
-    x = q - jnp.max(q, axis=-1, keepdims=True)  # q - nu directly would cancel at |q| >> lam
-    if weighting == "exp":
-        return jax.nn.softmax(x / temp, axis=-1)
-    z = (x - solve_normalizer(x, temp, weighting, ell, alpha)) / temp
-    if weighting == "neg":
-        return jnp.maximum(z, ell / q.shape[-1])
-    power = {"square": 2.0, "power": 1 / (alpha - 1)}.get(weighting, 1.0)
-    return jnp.maximum(z, 0.0) ** power
+def reweight_neg(q: jax.Array, temp: jax.Array, ell: float) -> jax.Array:
+    """Weights max((q_i - nu) / temp, ell / N) (equation 11), which sum to one: (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_neg(q, temp, ell)
+    return jnp.maximum((q - nu) / temp, ell / q.shape[-1])
 
 
-def sum_one_temperature(temperature, weighting: Weighting, n: int, alpha: float = 2.0):
-    """lam of weights that sum to one, from that of weights with mean one: temperature N^(alpha-1).
+def reweight_power(q: jax.Array, temp: jax.Array, alpha: float) -> jax.Array:
+    """Weights max((q_i - nu) / temp, 0)^(1/(alpha-1)) (example 3.3), which sum to one: (..., N).
 
-    (N w) = ((q - nu) / temperature)^(1/(alpha-1)) divided by N gives it; exp is alpha -> 1. qvpo
-    keeps mean-one temperature 1: f = x^2 - 1 has g = x/2, and its lambda of 1/2 cancels that half.
+    By bisection on the weight of the best particle. It lies in [1/N, 1], and where it is m,
+    -nu / temp = m^(alpha-1) for q shifted by its maximum; the sum of the weights rises with it.
     """
-    power = {"exp": 0.0, "square": 0.5, "power": alpha - 1}.get(weighting, 1.0)
-    return (1.0 if weighting == "qvpo" else temperature) * n**power
+    z = (q - q.max(axis=-1, keepdims=True)) / temp
+
+    def weights_at(best):
+        return jnp.maximum(z + best ** (alpha - 1), 0.0) ** (1 / (alpha - 1))
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        is_high = weights_at(middle).sum(axis=-1, keepdims=True) > 1
+        return jnp.where(is_high, low, middle), jnp.where(is_high, middle, high)
+
+    bracket = jnp.full_like(z[..., :1], 1 / q.shape[-1]), jnp.ones_like(z[..., :1])
+    low, _ = jax.lax.fori_loop(0, 30, halve, bracket)  # 2^-30 is below what float32 resolves
+    return weights_at(low)
 
 
-def kl_to_uniform(weights):
-    """KL(w | uniform) (appendix F): (..., N) -> (...); signed weights by their positive part."""
-    w = jnp.maximum(weights, 1e-6)
-    w = w / jnp.sum(w, axis=-1, keepdims=True)
-    return jnp.log(w.shape[-1]) + jnp.sum(w * jnp.log(w), axis=-1)
+def reweight_wd1(q: jax.Array) -> jax.Array:
+    """Weights softmax(A) - softmax(-A) (example 3.4), which sum to zero: (..., N), for q alike."""
+    deviation = q - q.mean(axis=-1, keepdims=True)
+    advantages = deviation / (q.std(axis=-1, keepdims=True) + 1e-8)  # rewards may all be equal
+    return jax.nn.softmax(advantages) - jax.nn.softmax(-advantages)
 
 
-# --- losses and training
+def compute_weights(args: Args, method: Method, q: jax.Array, temperature: jax.Array) -> jax.Array:
+    """The method's weights (..., N) for rewards q (..., N).
+
+    `temperature` is that of weights N w_i, whose mean is one: it means the same for every N, and
+    about the same for every weighting. N max((q - nu) / lambda, 0)^p is max((q - nu) / temperature,
+    0)^p if lambda = temperature N^(1/p), with p = 1/(alpha - 1).
+    """
+    n = q.shape[-1]
+    match method.weighting:
+        case "exp":
+            return reweight_exp(q, temperature)
+        case "linear":
+            return reweight_linear(q, temperature * n)
+        case "square":
+            return reweight_square(q, temperature * n**0.5)
+        case "neg":
+            return reweight_neg(q, temperature * n, method.ell)
+        case "power":
+            return reweight_power(q, temperature * n ** (args.alpha - 1), args.alpha)
+        case "qvpo":
+            return reweight_linear(q, jnp.float32(n))  # temperature 1: N w_i = max(q_i - nu, 0)
+        case "wd1":
+            return reweight_wd1(q)
 
 
-def matching_errors(velocity, key, x_0):
-    """|v(x_t, t) - (eps - x_0)|^2 at a fresh (t, eps) for each sample: (N,) -> (N,)."""
-    key_t, key_eps = jax.random.split(key)
-    t = jax.random.uniform(key_t, x_0.shape)
-    eps = jax.random.normal(key_eps, x_0.shape)
-    return (velocity((1 - t) * x_0 + t * eps, t) - (eps - x_0)) ** 2
+def kl_to_uniform(weights: jax.Array) -> jax.Array:
+    """KL(w, uniform) (...) of weights (..., N) (appendix F); of their positive part if signed."""
+    p = jnp.maximum(weights, 1e-6)
+    p = p / p.sum(axis=-1, keepdims=True)
+    return jnp.log(p.shape[-1]) + jnp.sum(p * jnp.log(p), axis=-1)
 
 
-def flow_loss(errors, weights):
-    """Equation 8, as the mean over N of the mean-one weights times the errors."""
+# =========================================== MATCHING ============================================
+def matching_errors(velocity, x_0, key) -> jax.Array:
+    """|v(x_t, t) - (eps - x_0)|^2 (N,) for samples x_0 (N,), each at a t and eps of its own."""
+    t_key, eps_key = jax.random.split(key)
+    t = jax.random.uniform(t_key, x_0.shape)
+    eps = jax.random.normal(eps_key, x_0.shape)
+    x_t = (1 - t) * x_0 + t * eps
+    target = eps - x_0
+    return (velocity(x_t, t) - target) ** 2
+
+
+def flow_loss(errors, weights) -> jax.Array:
+    """Reweighted flow matching (equation 8): the mean over N of N w_i times error i."""
     return jnp.sum(weights * errors)
 
 
-def nce_loss(errors, weights, gamma: float):
-    """Appendix G, its last line: the target's cross-entropy, positive plus negative part."""
-    positive = jnp.sum(weights * errors) / gamma
-    negative = jax.nn.logsumexp(-errors / gamma)
-    return positive + negative
+def nce_loss(errors, weights, gamma: float) -> jax.Array:
+    """Noise contrastive estimation: -sum_i w_i log softmax(-errors / gamma)_i (appendix G).
+
+    The weights are a distribution over the candidates, and so is the softmax, the policy's.
+    """
+    positive_part = jnp.sum(weights * errors) / gamma
+    negative_part = jax.nn.logsumexp(-errors / gamma)
+    return positive_part + negative_part
 
 
-def fit(net, params, opt, opt_state, keys, draw, loss_fn):
-    """len(keys) Adam steps: draw(key) -> (samples, weights), loss_fn(errors, weights) -> scalar."""
+def fit(loss_fn, optimizer, params, opt_state, keys):
+    """A gradient step on loss_fn(params, key) for each key: params, opt_state and the losses."""
 
     def step(carry, key):
         params, opt_state = carry
-        key_draw, key_loss = jax.random.split(key)
-        samples, weights = draw(key_draw)
+        loss, grads = jax.value_and_grad(loss_fn)(params, key)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), loss
 
-        def loss(params):
-            return loss_fn(matching_errors(partial(net.apply, params), key_loss, samples), weights)
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = opt.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return jax.lax.scan(step, (params, opt_state), keys)
+    (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), keys)
+    return params, opt_state, losses
 
 
-def initial_policy(args: Args, key):
-    """Parameters of a velocity network fitted to the problem's initial Gaussian."""
-    problem, net = PROBLEMS[args.problem], VelocityNet(args.hidden)
-    opt = optax.adam(optax.cosine_decay_schedule(5e-3, args.pretrain_steps))
-    key_init, key = jax.random.split(key)
-    params = net.init(key_init, jnp.zeros(1), jnp.zeros(1))
+# =========================================== TRAINING ============================================
+class State(NamedTuple):
+    """What learning changes."""
 
-    def draw(key):
-        x_0 = problem.init_mean + problem.init_std * jax.random.normal(key, (256,))
-        return x_0, jnp.full(256, 1 / 256)
-
-    keys = jax.random.split(key, args.pretrain_steps)
-    return fit(net, params, opt, opt.init(params), keys, draw, flow_loss)[0][0]
+    params: Any  # of the velocity network
+    opt_state: Any
+    log_temperature: jax.Array
+    temperature_opt_state: Any
 
 
-def train(args: Args, index, params, key):
-    """One method on one seed: curves over epochs 0..num_epochs, epoch 0 the initial policy."""
-    problem, net, n = PROBLEMS[args.problem], VelocityNet(args.hidden), args.num_particles
-    opt, temperature_opt = optax.adam(args.learning_rate), optax.adam(args.temperature_lr)
-    # Quantiles in place of draws: the ODE's regret then carries no sampling error of its own.
+class Record(NamedTuple):
+    """What is measured after an epoch."""
+
+    regret: jax.Array  # simple regret; NaN if the network is broken
+    density: jax.Array  # (bins,) how many of 256 evaluation actions lie in each bin of BINS
+    loss: jax.Array  # mean over the epoch's gradient steps
+    temperature: jax.Array  # that the epoch's weights were computed with
+
+
+BINS = np.linspace(-1.25, 1.25, 101)  # edges of the bins of `Record.density`
+
+
+def initial_state(args: Args, key) -> State:
+    """The policy after flow matching to samples of the problem's N(init_mean, init_std^2)."""
+    problem = PROBLEMS[args.problem]
+    net = VelocityNet(args.hidden)
+    init_key, fit_key = jax.random.split(key)
+    params = net.init(init_key, jnp.zeros(1), jnp.zeros(1))
+
+    def loss_fn(params, key):
+        draw_key, loss_key = jax.random.split(key)
+        x_0 = problem.init_mean + problem.init_std * jax.random.normal(draw_key, (256,))
+        errors = matching_errors(partial(net.apply, params), x_0, loss_key)
+        return errors.mean()
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, args.pretrain_steps))
+    keys = jax.random.split(fit_key, args.pretrain_steps)
+    params, _, _ = fit(loss_fn, optimizer, params, optimizer.init(params), keys)
+    log_temperature = jnp.log(args.temperature)
+    return State(
+        params=params,
+        opt_state=optax.adam(args.learning_rate).init(params),
+        log_temperature=log_temperature,
+        temperature_opt_state=optax.adam(args.temperature_lr).init(log_temperature),
+    )
+
+
+def initial_states(args: Args) -> tuple[State, jax.Array]:
+    """Initial states (S, ...), and a key (S,) for each seed's training.
+
+    Everything random comes from these, so that methods share a seed's initial policy and draws:
+    their paired differences are less noisy than their regrets.
+    """
+    keys = jax.vmap(jax.random.key)(jnp.arange(args.seed, args.seed + args.num_seeds))
+    init_keys, train_keys = jax.vmap(jax.random.split)(keys).T
+    state = jax.jit(jax.vmap(partial(initial_state, args)))(init_keys)
+    return state, train_keys
+
+
+def tune_temperature(args: Args, state: State, weights) -> State:
+    """An Adam step on lambda (target_kl - KL(w, uniform)) (equation 23) in log lambda."""
+    temperature = jnp.exp(state.log_temperature)
+    grad = temperature * (args.target_kl - kl_to_uniform(weights))
+    optimizer = optax.adam(args.temperature_lr)
+    update, opt_state = optimizer.update(grad, state.temperature_opt_state)
+    log_temperature = state.log_temperature + update
+    return state._replace(log_temperature=log_temperature, temperature_opt_state=opt_state)
+
+
+def evaluate(args: Args, params, key) -> tuple[jax.Array, jax.Array]:
+    """Simple regret () and density (bins,) of the policy, from the 256 quantiles of the noise.
+
+    With quantiles in place of draws, the regret of the ODE carries no sampling error.
+    """
+    problem = PROBLEMS[args.problem]
     quantiles = jax.scipy.special.ndtri((jnp.arange(256) + 0.5) / 256)
+    actions = act(args, params, quantiles, key)
+    regret = max(problem.heights) - reward(problem, actions).mean()
+    is_finite = jnp.isfinite(actions).all()  # the reward's max may swallow a NaN
+    density, _ = jnp.histogram(actions, BINS)
+    return jnp.where(is_finite, regret, jnp.nan), density
 
-    def act(params, x_1, key):
-        velocity = partial(net.apply, params)
-        actions = sample_actions(velocity, x_1, key, args.sampler_steps, args.eta)
-        return jnp.clip(actions, -args.action_bound, args.action_bound)
 
-    def weigh(method, q, temperature):
-        lam = sum_one_temperature(temperature, method.weighting, n, method.alpha)
-        return reweight(q, lam, method.weighting, method.ell, method.alpha)
+evaluate_seeds = jax.jit(jax.vmap(evaluate, in_axes=(None, 0, 0)), static_argnums=0)
 
-    def loss_fn(errors, weights):
+
+@partial(jax.jit, static_argnames=("args", "method"))
+@partial(jax.vmap, in_axes=(None, None, 0, 0))
+def run_epoch(args: Args, method: Method, state: State, key) -> tuple[State, Record]:
+    """One epoch: states and keys (S, ...) -> the states after it, and records (S, ...).
+
+    Written for one seed and mapped over all by jax.vmap.
+    """
+    act_key, sampler_key, noise_key, fit_key, eval_key = jax.random.split(key, 5)
+
+    # 1. Draw candidates, and add noise after the action bound.
+    x_1 = jax.random.normal(act_key, (args.num_particles,))
+    candidates = act(args, state.params, x_1, sampler_key)
+    candidates += args.candidate_noise * jax.random.normal(noise_key, candidates.shape)
+
+    # 2. and 3. Weigh them by their rewards.
+    q = reward(PROBLEMS[args.problem], candidates)
+    temperature = jnp.exp(state.log_temperature)
+    weights = compute_weights(args, method, q, temperature)
+    if args.target_kl is not None:
+        state = tune_temperature(args, state, weights)
+
+    # 4. Fit the policy to the weighted candidates.
+    def loss_fn(params, key):
+        velocity = partial(VelocityNet(args.hidden).apply, params)
+        errors = matching_errors(velocity, candidates, key)
         errors = jnp.minimum(errors, args.loss_clip)
         if args.matching == "nce":
             return nce_loss(errors, weights, args.nce_gamma)
         return flow_loss(errors, weights)
 
-    def evaluate(params, key):
-        actions = act(params, quantiles, key)
-        regret = max(problem.heights) - reward(problem, actions).mean()
-        # a broken network makes NaN actions, which the max in the reward may swallow
-        regret = jnp.where(jnp.isfinite(actions).all(), regret, jnp.nan)
-        return regret, jnp.histogram(actions, BINS)[0]
+    optimizer = optax.adam(args.learning_rate)
+    keys = jax.random.split(fit_key, args.gradient_steps)
+    params, opt_state, losses = fit(loss_fn, optimizer, state.params, state.opt_state, keys)
 
-    def epoch(carry, key):
-        params, opt_state, log_temperature, temperature_state = carry
-        key_act, key_sde, key_noise, key_fit, key_eval = jax.random.split(key, 5)
-        candidates = act(params, jax.random.normal(key_act, (n,)), key_sde)
-        candidates += args.candidate_noise * jax.random.normal(key_noise, (n,))
-        q, temperature = reward(problem, candidates), jnp.exp(log_temperature)
-        # under vmap every method's weights are computed and one is kept: they cost next to nothing
-        branches = [partial(weigh, method) for method in parse_methods(args)]
-        weights = jax.lax.switch(index, branches, q, temperature)
-        if args.target_kl is not None:  # gradient of temperature * (target_kl - KL), equation 23
-            grad = temperature * (args.target_kl - kl_to_uniform(weights))
-            update, temperature_state = temperature_opt.update(grad, temperature_state)
-            log_temperature = log_temperature + update
-        keys, draw = jax.random.split(key_fit, args.gradient_steps), lambda _: (candidates, weights)
-        (params, opt_state), losses = fit(net, params, opt, opt_state, keys, draw, loss_fn)
-        regret, density = evaluate(params, key_eval)
-        carry = params, opt_state, log_temperature, temperature_state
-        return carry, (regret, density, losses.mean(), temperature)
-
-    key_eval, key = jax.random.split(key)
-    first = evaluate(params, key_eval)
-    log_temperature = jnp.log(args.temperature)
-    carry = params, opt.init(params), log_temperature, temperature_opt.init(log_temperature)
-    keys = jax.random.split(key, args.num_epochs)
-    regret, density, loss, temperature = jax.lax.scan(epoch, carry, keys)[1]
-    return {
-        "regret": jnp.concatenate([first[0][None], regret]),  # (E + 1,)
-        "density": jnp.concatenate([first[1][None], density]),  # (E + 1, bins), counts of 256
-        "loss": loss,  # (E,)
-        "temperature": temperature,  # (E,)
-    }
+    # 5. Evaluate.
+    regret, density = evaluate(args, params, eval_key)
+    state = state._replace(params=params, opt_state=opt_state)
+    return state, Record(regret, density, losses.mean(), temperature)
 
 
-@partial(jax.jit, static_argnums=0)
-def run_bandit(args: Args, seeds):
-    """Everything in one call: seeds (S,) -> dict of arrays (M, S, ...).
-
-    The keys are mapped over seeds alone, so all methods share a seed's initial policy and draws:
-    paired differences are then much less noisy, and the draws are computed once per seed.
-    """
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
-    params = jax.vmap(partial(initial_policy, args))(keys[:, 0])
-    over_seeds = jax.vmap(partial(train, args), in_axes=(None, 0, 0))
-    over_methods = jax.vmap(over_seeds, in_axes=(0, None, None))
-    return over_methods(jnp.arange(len(parse_methods(args))), params, keys[:, 1])
+def train(args: Args, method: Method, state: State, keys: jax.Array) -> Record:
+    """Train a method on all seeds, from their initial states: records (S, E + 1, ...)."""
+    epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    regret, density = evaluate_seeds(args, state.params, epoch_keys(keys, 0))
+    no_loss = jnp.full_like(regret, jnp.nan)
+    records = [Record(regret, density, no_loss, jnp.exp(state.log_temperature))]
+    for epoch in range(1, args.num_epochs + 1):
+        state, record = run_epoch(args, method, state, epoch_keys(keys, epoch))
+        records.append(record)
+    return Record(*(np.stack(values, axis=1) for values in zip(*records, strict=True)))
 
 
-# --- Theorem D.2 for a mixture of Gaussians with one (signed) weight a component
-
-
-class SignedMixture(NamedTuple):
-    """pi_old = sum_k p_k N(m_k, s_k^2), and a sample of component k weighs w_k.
-
-    So E[w | x_t] = sum_k w_k P(k | x_t), and the target w pi_old is a mixture again. (With w a
-    function of x_0 alone, E[w | x_t] -> w(x_0) as t -> 0: any negative weight would be Case II.)
-    """
-
-    probs: tuple[float, ...]
-    means: tuple[float, ...]
-    stds: tuple[float, ...]
-    weights: tuple[float, ...]  # sum_k p_k w_k = 1
-
-
-HOLE = SignedMixture((0.7, 0.3), (0.0, 0.2), (0.5, 0.2), (1.7, -0.6333))
-GONE = SignedMixture((0.4, 0.3, 0.3), (-0.7, 0.0, 0.7), (0.2, 0.15, 0.2), (1.45, -0.4, 1.8))
-VELOCITY_CASES = {"positive everywhere: Case I": HOLE, "negative around 0: Case II": GONE}
-
-
-@partial(jax.jit, static_argnums=0)
-def component_densities(mix: SignedMixture, x, t):
-    """p_k N(x_t; (1-t) m_k, (1-t)^2 s_k^2 + t^2): (...) -> (..., K)."""
-    x, t = jnp.asarray(x)[..., None], jnp.asarray(t)[..., None]
-    mean = (1 - t) * jnp.array(mix.means)
-    std = jnp.sqrt(((1 - t) * jnp.array(mix.stds)) ** 2 + t**2)
-    return jnp.array(mix.probs) * jax.scipy.stats.norm.pdf(x, mean, std)
-
-
-@partial(jax.jit, static_argnums=0)
-def mean_weight(mix: SignedMixture, x, t):
-    """E[w | x_t]; Case II is where it is at most zero: (...) -> (...)."""
-    p = component_densities(mix, x, t)
-    return jnp.sum(jnp.array(mix.weights) * p, axis=-1) / jnp.sum(p, axis=-1)
-
-
-@partial(jax.jit, static_argnums=0)
-def closed_form_velocity(mix: SignedMixture, x, t):
-    """Theorem D.2: E[w v | x_t] / E[w | x_t], (...), (...) -> (...)."""
-    x, t = jnp.broadcast_arrays(jnp.asarray(x), jnp.asarray(t))
-    weighted = jnp.array(mix.weights) * component_densities(mix, x, t)
-    x, t = x[..., None], t[..., None]
-    residual = x - (1 - t) * jnp.array(mix.means)
-    variance = ((1 - t) * jnp.array(mix.stds)) ** 2 + t**2
-    eps_hat = t / variance * residual  # E[eps | x_t, k]
-    x0_hat = jnp.array(mix.means) + (1 - t) * jnp.array(mix.stds) ** 2 / variance * residual
-    return jnp.sum(weighted * (eps_hat - x0_hat), axis=-1) / jnp.sum(weighted, axis=-1)
-
-
-@partial(jax.jit, static_argnames=("mix", "n"))
-def draw_mixture(mix: SignedMixture, key, n: int):
-    """n samples of pi_old and their weights w_k / n."""
-    key_k, key_x = jax.random.split(key)
-    k = jax.random.choice(key_k, len(mix.probs), (n,), p=jnp.array(mix.probs))
-    x = jnp.array(mix.means)[k] + jnp.array(mix.stds)[k] * jax.random.normal(key_x, (n,))
-    return x, jnp.array(mix.weights)[k] / n
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def learn_velocity(args: Args, mix: SignedMixture, key):
-    """Reweighted flow matching on fresh samples of pi_old; returns the network's parameters."""
-    net, steps = VelocityNet(args.hidden), 5 * args.pretrain_steps
-    opt = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
-    key_init, key = jax.random.split(key)
-    params = net.init(key_init, jnp.zeros(1), jnp.zeros(1))
-
-    def loss_fn(errors, weights):  # Case II has no lower bound without a clip; 100 spares Case I
-        return flow_loss(jnp.minimum(errors, 100.0), weights)
-
-    keys, draw = jax.random.split(key, steps), partial(draw_mixture, mix, n=1024)
-    return fit(net, params, opt, opt.init(params), keys, draw, loss_fn)[0][0]
-
-
-# --- tables and pictures; a seed with a non-finite regret has diverged and is left out of means
-
-
-def finite(regret) -> np.ndarray:
-    """Which seeds never diverged: (..., E + 1) -> (...)."""
+# ============================================ RESULTS ============================================
+# In the table and the figure, a seed whose regret is not finite has diverged, and is left out.
+def is_sound(regret) -> np.ndarray:
+    """Which seeds (S,) never diverged, for regret (S, E + 1)."""
     return np.isfinite(regret).all(axis=-1)
 
 
-def half_interval(values) -> np.ndarray:
-    """Half width of the t interval (95%) of the mean over axis 0; NaN for a single value."""
-    n = len(values)
-    if n < 2:
+def standard_error(values) -> np.ndarray:
+    """Of the mean over axis 0; NaN for fewer than two values."""
+    if len(values) < 2:
         return np.full(np.shape(values)[1:], np.nan)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / math.sqrt(n)
+    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+
+
+def half_interval(values) -> np.ndarray:
+    """Half width of the 95% t interval of the mean over axis 0; NaN for fewer than two values."""
+    return stats.t.ppf(0.975, len(values) - 1) * standard_error(values)
 
 
 def escaped_share(args: Args, regret) -> str:
-    """Seeds that end nearer in reward to the higher optimum, with Wilson's 95%: (S, E + 1) -> text.
-
-    Diverged seeds count as not escaped.
-    """
-    gap = abs(np.subtract(*PROBLEMS[args.problem].heights))
-    count, n = int(np.sum(finite(regret) & (regret[:, -1] < gap / 2))), len(regret)
-    low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return f"{count}/{n} [{low:.2f}, {high:.2f}]"
+    """Seeds that end nearer in reward to the higher optimum, with Wilson's 95%; diverged: not."""
+    low, high = PROBLEMS[args.problem].heights
+    has_escaped = is_sound(regret) & (regret[:, -1] < (high - low) / 2)
+    count = int(has_escaped.sum())
+    interval = stats.binomtest(count, len(regret)).proportion_ci(method="wilson")
+    return f"{count}/{len(regret)} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def make_table(args: Args, names: list[str], regret) -> list[list[str]]:
-    """regret (M, S, E + 1) -> rows of text, the head first."""
-    last, means = args.num_epochs, regret[:, :, 1:].mean(axis=-1)
+def print_table(args: Args, regrets: dict[str, np.ndarray]) -> None:
+    """A row for each {name: regret (S, E + 1)}; differences to the first are paired by seed."""
+    last = args.num_epochs
     epochs = sorted({max(last // 5, 1), max(last // 2, 1), last})
-    rows = [["method", *(f"regret at {e}" for e in epochs), "mean regret"]]
-    rows[0] += [f"minus {names[0]} (s.e.)", "escaped", "diverged"]
-    for i, name in enumerate(names):
-        good, row = finite(regret[i]), [name]
-        for x in (*(regret[i, good, e] for e in epochs), means[i, good]):
-            row.append(f"{x.mean():.4f} +- {half_interval(x):.4f}" if len(x) else "-")
-        paired = (means[i] - means[0])[good & finite(regret[0])]
-        error = np.std(paired, ddof=1) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-        row.append(f"{paired.mean():+.4f} ({error:.5f})" if i and len(paired) else "-")
-        rows.append([*row, escaped_share(args, regret[i]), f"{np.sum(~good)}/{len(good)}"])
-    return rows
+    names = list(regrets)
+    row = ["method", *(f"regret at {epoch}" for epoch in epochs), "mean regret"]
+    row += [f"minus {names[0]} (s.e.)", "escaped", "diverged"]
+    print("".join(cell.ljust(19) for cell in row).rstrip())
+    for name, regret in regrets.items():
+        sound = is_sound(regret)
+        mean_regret = regret[:, 1:].mean(axis=-1)
+        row = [name]
+        for values in (*(regret[sound, epoch] for epoch in epochs), mean_regret[sound]):
+            mean = values.mean() if len(values) else math.nan
+            row.append(f"{mean:.4f} +- {half_interval(values):.4f}")
+        first = regrets[names[0]]
+        difference = (mean_regret - first[:, 1:].mean(axis=-1))[sound & is_sound(first)]
+        mean = difference.mean() if len(difference) else math.nan
+        row.append(f"{mean:+.4f} ({standard_error(difference):.5f})")
+        row += [escaped_share(args, regret), f"{np.sum(~sound)}/{len(sound)}"]
+        print("".join(cell.ljust(19) for cell in row).rstrip())
 
 
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
-def plot_regret(path: Path, args: Args, names: list[str], regret) -> None:
-    """Reward and initial policy on the left, regret curves with 95% intervals on the right."""
-    problem, grid, last = PROBLEMS[args.problem], np.linspace(-1.25, 1.25, 501), len(names) - 1
+def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
+    """Reward and initial policy on the left, mean regret with 95% intervals on the right."""
+    problem = PROBLEMS[args.problem]
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 3])
-    left.plot(grid, reward(problem, jnp.asarray(grid)), color="black", label="reward R(a)")
-    bump = 0.8 * np.exp(-(((grid - problem.init_mean) / problem.init_std) ** 2) / 2)
-    left.fill_between(grid, bump, alpha=0.3, label="initial policy (not to scale)")
+    actions = np.linspace(BINS[0], BINS[-1], 501)
+    left.plot(actions, reward(problem, actions), color="black", label="reward R(a)")
+    bump = 0.8 * np.exp(-(((actions - problem.init_mean) / problem.init_std) ** 2) / 2)
+    left.fill_between(actions, bump, alpha=0.3, label="initial policy (not to scale)")
     left.set(xlabel="action a", ylabel="reward", title=f"problem {args.problem}", ylim=(0, 1.35))
     left.legend(loc="upper left")
-    for i, name in enumerate(names):
-        good = regret[i][finite(regret[i])]
-        lost = len(regret[i]) - len(good)
-        label = name + (f" ({lost} diverged, left out)" if lost else "")
-        # from thick to thin, and dashed: curves that lie on each other stay visible
-        style = dict(color=f"C{i}", label=label, linewidth=1.3 + min(last - i, 6))
-        style |= dict(linestyle=(0, (4 / style["linewidth"] + 1, 2)) if i else "-")
-        good = good if len(good) else regret[i]  # all diverged: NaN, an empty curve with a label
-        mean = good.mean(axis=0)
-        half, x = half_interval(good), np.arange(regret.shape[-1])
-        right.plot(x, mean, **style)
-        right.fill_between(x, np.maximum(mean - half, 1e-4), mean + half, color=f"C{i}", alpha=0.15)
+    lowest = max(problem.heights)
+    for i, (name, regret) in enumerate(regrets.items()):
+        sound = regret[is_sound(regret)]
+        if len(sound) == 0:
+            continue
+        lost = len(regret) - len(sound)
+        label = f"{name} ({lost} diverged, left out)" if lost else name
+        mean, half = sound.mean(axis=0), half_interval(sound)
+        lowest = min(lowest, mean.min())
+        # Thick below, thin and dashed above: curves that lie on each other stay visible.
+        width = 1.3 + min(len(regrets) - 1 - i, 6)
+        dashes = (0, (1 + 4 / width, 2)) if i else "-"
+        right.plot(mean, color=f"C{i}", linewidth=width, linestyle=dashes, label=label)
+        low = np.maximum(mean - half, 1e-4)  # an interval may reach zero, where there is no log
+        right.fill_between(np.arange(len(mean)), low, mean + half, color=f"C{i}", alpha=0.15)
     right.set(xlabel="epoch", ylabel="simple regret (log scale)", yscale="log")
-    right.set_title(f"mean and 95% interval over {regret.shape[1]} seeds, {args.matching} matching")
-    right.set_xlim(0, args.num_epochs)
-    lowest = min((r[finite(r)].mean(axis=0).min() for r in regret if finite(r).any()), default=0.1)
-    right.set_ylim(lowest / 3, 2 * max(problem.heights))  # an interval may reach zero
+    right.set(xlim=(0, args.num_epochs), ylim=(lowest / 3, 2 * max(problem.heights)))
+    right.set_title(f"mean and 95% interval of {args.num_seeds} seeds, {args.matching} matching")
     right.grid(alpha=0.3, which="both")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", handlelength=4)
     figure.savefig(path, dpi=90)
 
 
-def plot_policy(path: Path, args: Args, names: list[str], regret, density) -> None:
-    """How the density (M, S, E + 1, bins) moves: a row a method, the reward along its left."""
-    problem, rows, grid = PROBLEMS[args.problem], len(names), np.linspace(BINS[0], BINS[-1], 501)
-    figure = Figure(figsize=(11, 1.1 + 1.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, width_ratios=[1, 5, 5], sharey=True, squeeze=False)
-    # a power scale, or a collapsed policy is all that one sees
-    style = dict(aspect="auto", origin="lower", cmap="magma", norm=PowerNorm(0.4, 0, 20))
-    style |= dict(extent=(-0.5, args.num_epochs + 0.5, BINS[0], BINS[-1]), interpolation="nearest")
-    density = density / 256 / (BINS[1] - BINS[0])
-    for i, (row, name) in enumerate(zip(axes, names, strict=True)):
-        row[0].plot(reward(problem, jnp.asarray(grid)), grid, color="black")
-        row[0].set(ylabel=f"{name}\naction a", xlim=(1.1, -0.1))
-        good = finite(regret[i])
-        mean = density[i, good].mean(axis=0) if good.any() else np.zeros_like(density[i, 0])
-        for axis, image in ((row[1], mean), (row[2], density[i, 0])):
-            shown = axis.imshow(image.T, **style)
-            for center in problem.centers:
-                axis.axhline(center, color="white", linewidth=0.6, linestyle=":")
-    titles = ("reward", f"mean over {regret.shape[1]} seeds", f"seed {args.seed}")
-    for axis, title, label in zip(axes[0], titles, ("R(a)", "epoch", "epoch"), strict=True):
-        axis.set_title(title)
-        axes[-1, titles.index(title)].set_xlabel(label)
-    figure.colorbar(shown, ax=axes, label="policy density (clipped at 20)", aspect=12 * rows)
-    figure.savefig(path, dpi=80)
-
-
-def plot_velocity(path: Path, results) -> None:
-    """A row a case: densities and samples; v at t = 0.1; E[w | x_t] over (t, x) with paths."""
-    figure, grid = Figure(figsize=(14, 8), layout="constrained"), np.linspace(-1.6, 1.6, 401)
-    for row, result in zip(figure.subplots(2, 3), results, strict=True):
-        name, mix, velocity, samples, exact = result
-        old = component_densities(mix, grid, 0.0)
-        style = dict(bins=np.linspace(-1.6, 1.6, 65), density=True)
-        row[0].hist(samples, **style, color="C1", alpha=0.5, label="samples of learned v")
-        row[0].hist(exact, **style, histtype="step", color="C2", label="samples of closed form")
-        row[0].plot(grid, old @ np.array(mix.weights), "k", label="signed target $w\\,\\pi_{old}$")
-        row[0].plot(grid, old.sum(-1), "C0--", label="$\\pi_{old}$")
-        row[0].set(xlabel="action", ylabel="density", title=name, ylim=(-0.6, 2.3))
-        limit = 1.5 if np.min(mix_weight := np.asarray(mean_weight(mix, grid, 0.1))) > 0 else 8
-        exact_v = np.asarray(closed_form_velocity(mix, grid, 0.1))
-        exact_v = np.where(np.abs(exact_v) < 1.2 * limit, exact_v, np.nan)  # no line across a pole
-        row[1].plot(grid, exact_v, "k", label="closed form")
-        row[1].plot(grid, velocity(jnp.asarray(grid), jnp.float32(0.1)), "C1--", label="learned")
-        row[1].set(xlabel="$x_t$", ylabel="velocity", ylim=(-limit, limit))
-        row[1].set_title("velocity at t = 0.1 (Theorem D.2)")
-        for axis, w in zip(row[:2], (mean_weight(mix, grid, 0.0), mix_weight), strict=True):
-            shade = dict(where=np.asarray(w) <= 0, color="red", alpha=0.15)
-            shade |= dict(label="$E[w|x_t] \\leq 0$")
-            if shade["where"].any():
-                axis.fill_between(grid, *axis.get_ylim(), **shade)
-        row[0].legend(fontsize="small", ncols=2, loc="upper right")
-        row[1].legend(fontsize="small", loc="lower left")
-        times = np.linspace(0, 1, 201)
-        w = np.asarray(mean_weight(mix, *np.meshgrid(grid, times))).T
-        style = dict(extent=(0, 1, grid[0], grid[-1]), origin="lower", aspect="auto", cmap="RdBu")
-        image = row[2].imshow(w, **style, vmin=-2, vmax=2)
-        figure.colorbar(image, ax=row[2], label="$E[w|x_t]$ (inside the red line: Case II)")
-        if w.min() < 0:
-            row[2].contour(times, grid, w, levels=[0.0], colors="red")
-        paths = [jnp.asarray(stats.norm.ppf((np.arange(24) + 0.5) / 24))]
-        for t in np.linspace(1, 0.01, 100):  # Euler on the ODE, as in sample_actions
-            paths.append(paths[-1] - 0.01 * velocity(paths[-1], jnp.float32(t)))
-        row[2].plot(np.linspace(1, 0, 101), np.stack(paths), "k", linewidth=0.6)
-        row[2].set(xlabel="t (1: noise, 0: action)", ylabel="$x_t$", ylim=(-1.6, 1.6))
-        row[2].set_title("paths of the learned ODE")
-    figure.savefig(path, dpi=75)
-
-
-# --- main
-
-
-def resolve(args: Args) -> Args:
-    """Fills in the problem's defaults and ends with one line if a value is not allowed."""
-    defaults = PROBLEMS[args.problem].defaults if args.problem in PROBLEMS else QUICK
-    unset = {name: value for name, value in defaults.items() if getattr(args, name) in (None, ())}
-    args = replace(args, **unset)
-    max_kl, ells = math.log(max(args.num_particles, 2)), args.ell
-    ints = dict(num_seeds=1, seed=0, num_epochs=1, num_particles=2, gradient_steps=1)
-    ints |= dict(sampler_steps=1, hidden=1, pretrain_steps=1)
-    reals = ("temperature", "temperature_lr", "nce_gamma", "learning_rate", "action_bound")
-    rules = [(f, getattr(args, f) >= low, f"at least {low}") for f, low in ints.items()]
-    rules += [(f, 0 < getattr(args, f) < math.inf, "above 0 and finite") for f in reals]
-    rules += [
-        ("seed", args.seed + args.num_seeds <= 2**31, "at most 2**31 - num_seeds"),
-        ("methods", len(set(args.methods)) == len(args.methods), "each weighting once"),
-        ("ell", len({f"{e + 0.0:g}" for e in ells}) == len(ells) > 0, "given, each floor once"),
-        ("ell", all(-math.inf < ell <= 0 for ell in ells), "at most 0 and finite"),
-        ("alpha", 1 < args.alpha < math.inf, "above 1 and finite"),
-        ("eta", 0 <= args.eta < math.inf, "at least 0 and finite"),
-        ("candidate_noise", 0 <= args.candidate_noise < math.inf, "at least 0 and finite"),
-        ("loss_clip", args.loss_clip > 0, "above 0 (inf: no clip)"),
-        ("target_kl", args.target_kl is None or 0 < args.target_kl < max_kl, "in (0, log N)"),
-    ]
-    for name, ok, allowed in rules:
-        if not ok:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"bandit.py: {flag} must be {allowed}; got {getattr(args, name)}")
-    signed = any(method.ell < 0 or method.weighting == "wd1" for method in parse_methods(args))
-    if args.matching == "nce" and signed:
-        allowed = "--methods exp linear square power qvpo (a distribution), or neg with --ell 0"
-        raise SystemExit(f"bandit.py: --matching nce needs {allowed}; got {' '.join(args.methods)}")
-    return args
-
-
-def main_velocity(args: Args, folder: Path) -> None:
-    """Theorem D.2: closed-form and learned velocity, and what the two generate."""
-    results, rows = [], [["case: samples", "share where w pi_old < 0", "W1 to w pi_old"]]
-    for i, (name, mix) in enumerate(VELOCITY_CASES.items()):
-        key_fit, key_x, key_sde, key_old = jax.random.split(jax.random.key(args.seed + i), 4)
-        params = learn_velocity(args, mix, key_fit)
-        velocity = jax.jit(partial(VelocityNet(args.hidden).apply, params))
-        x_1, steps = jax.random.normal(key_x, (20_000,)), 10 * args.sampler_steps
-        samples, exact = (
-            np.asarray(sample_actions(v, x_1, key_sde, steps, args.eta))
-            for v in (velocity, partial(closed_form_velocity, mix))
-        )
-        results.append((name, mix, velocity, samples, exact))
-        old, grid = np.asarray(draw_mixture(mix, key_old, 20_000)[0]), np.linspace(-3, 3, 3001)
-        # the positive part stands in for the signed target, which nothing can sample
-        target = np.maximum(component_densities(mix, grid, 0.0) @ np.array(mix.weights), 0)
-        for who, x in (("pi_old", old), ("closed form", exact), ("learned", samples)):
-            share = np.mean(np.asarray(mean_weight(mix, x, 0.0)) <= 0)
-            distance = stats.wasserstein_distance(x, grid, None, target)
-            rows.append([f"{name}: {who}", f"{share:.4f}", f"{distance:.4f}"])
-    print_table(rows)
-    plot_velocity(folder / "velocity.png", results)
+def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
+    """args.json, regret.csv, results.npz with arrays (methods, S, E + 1, ...), and regret.png."""
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    with open(folder / "regret.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "seed", "epoch", "regret"])
+        for name, record in records.items():
+            for (i, epoch), regret in np.ndenumerate(record.regret):
+                writer.writerow([name, args.seed + i, epoch, f"{regret:.6g}"])
+    arrays = {"methods": np.array(list(records)), "bins": BINS}
+    for field in Record._fields:
+        arrays[field] = np.stack([getattr(record, field) for record in records.values()])
+    np.savez_compressed(folder / "results.npz", **arrays)
+    regrets = {name: record.regret for name, record in records.items()}
+    plot_regret(folder / "regret.png", args, regrets)
 
 
 def main(args: Args) -> Path:
-    """Runs one problem and returns the folder with its files."""
-    args, start = resolve(args), time.time()
-    folder = Path(args.runs_dir) / f"{args.problem}__bandit__{args.seed}__{int(start)}"
-    folder.mkdir(parents=True)  # first: a folder that cannot be made should not cost minutes
-    if args.problem == "velocity":
-        main_velocity(args, folder)
-        print(f"{time.time() - start:.0f} s; see {folder}")
-        return folder
-    names, seeds = [m.name for m in parse_methods(args)], args.seed + np.arange(args.num_seeds)
-    results = jax.tree.map(np.asarray, run_bandit(args, jnp.asarray(seeds)))
-    regret = results["regret"]
-    print_table(make_table(args, names, regret))
-    for name, good in zip(names, finite(regret), strict=True):
-        if not good.all():
-            print(f"warning: {name} diverged on seeds {seeds[~good].tolist()}", file=sys.stderr)
-    with (folder / "regret.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "seed", "epoch", "regret"])
-        for i, j, epoch in np.ndindex(regret.shape):
-            writer.writerow([names[i], seeds[j], epoch, f"{regret[i, j, epoch]:.6g}"])
-    plot_regret(folder / "regret.png", args, names, regret)
-    plot_policy(folder / "policy.png", args, names, regret, results["density"])
-    tags = {"charts/regret": regret, "losses/actor": results["loss"]}
-    tags["charts/temperature"] = results["temperature"]
-    with SummaryWriter(str(folder)) as board:
-        for i, epoch in np.ndindex(len(names), args.num_epochs):
-            good = finite(regret[i])
-            name = names[i].replace("(", "_").replace(")", "")  # TensorBoard allows no brackets
-            for tag, values in tags.items():
-                if good.any():  # from the end, as regret alone has an epoch 0
-                    mean = values[i, good, epoch - args.num_epochs].mean()
-                    board.add_scalar(f"{tag}/{name}", mean, epoch + 1)
-    print(f"{time.time() - start:.0f} s; see {folder}")
+    """Train all methods; print the table and save the files to a new folder, which is returned."""
+    args = fill_defaults(args)
+    check_args(args)
+    start = time.time()
+    folder = Path(args.runs_dir, f"{args.problem}__bandit__{args.seed}__{int(start)}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        require(args, "runs_dir", False, f"a folder in which one can be made ({error})")
+    print(f"{args.num_seeds} seeds of {args.problem}, to {folder}", flush=True)
+
+    state, keys = initial_states(args)
+    records = {}
+    for method in list_methods(args):
+        records[method.name] = train(args, method, state, keys)
+        print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
+
+    print_table(args, {name: record.regret for name, record in records.items()})
+    save(folder, args, records)
     return folder
 
 

@@ -1,268 +1,362 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax", "jax>=0.5", "optax", "orbax-checkpoint", "scipy", "tensorboardX", "tqdm", "tyro>=0.9"]
+# dependencies = ["flax", "jax>=0.5", "optax", "scipy", "tensorboard", "tqdm", "tyro>=0.9"]
 # ///
-"""GeMPO on DNA: fine-tune a masked diffusion model of regulatory sequences toward high enhancer activity.
+"""GeMPO on DNA: fine-tune a masked diffusion model of regulatory sequences toward high activity.
 
-Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao, Chen, Li and Dai,
-2026, arXiv 2603.10250, section 5.3. A denoiser p(x_0 | x_t) is pretrained on 200-bp sequences; two oracles, each of one
-half of the chromosomes, learn their activity. Each update draws groups of fresh sequences from the current model,
-values them by the first oracle, and descends the weighted denoising loss
+Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
+Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) draws groups of n
+sequences from the current model, values them by an oracle, r = oracle(x), and descends
 
-    sum_b w_b l(x_b),   l(x) = 1/t sum_{i masked} -log p(x_i | x_t),   w_b = g(z_b),   z = (r - mean) / std    (eq. 8)
+    sum_b w_b l(x_b),   l(x) = 1/t sum_{i masked} -log p(x_i | x_t),                 (equation 8)
 
-g is exp, linear, square, or neg: linear with a floor ell < 0, which pushes the model away from bad sequences. The other
-oracle gives the paper's Pred-Activity. Without a data file, sequences are made by a grammar of real motifs whose
-activity is known exactly, so that true_activity shows where the oracles are fooled.
-Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`; baselines: baselines/dna_guidance.py.
+the denoising loss with weights w_b that rise with r_b inside a group: exp, linear, square, or neg,
+which is linear with a floor ell < 0, so that the model is pushed away from bad sequences.
+
+Before that, `prepare` pretrains the denoiser on sequences of 200 letters and trains two oracles of
+their activity, each on one half of the data: one is the reward, the other one only evaluates.
+
+Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
+- data: --data-path FILE.tsv.gz; without it, sequences are generated whose activity is known exactly
+- reward: edit `compute_reward`
+- weights of the samples: edit `compute_weights`
+- pretrained denoiser: --denoiser-path; every run leaves a denoiser.model, and
+  baselines/convert_drakes.py makes one of a checkpoint of DRAKES
+
+Shapes: B sequences, or G groups of n; L letters of a sequence; M motifs.
 """
 
-import fcntl
+import collections
+import csv
+import gzip
 import hashlib
-import importlib.util
 import inspect
-import itertools
 import json
-import logging
 import math
 import os
 import pathlib
-import signal
+import pickle
 import sys
 import time
-import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
-from flax import serialization
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import struct
 from scipy import stats
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
-# =================================================== ARGUMENTS ===================================================
-Count = Annotated[int, "a whole number, at least 1", lambda v: v >= 1]
-Several = Annotated[int, "a whole number, at least 2", lambda v: v >= 2]
-Natural = Annotated[int, "a whole number, at least 0", lambda v: v >= 0]
-Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.inf]
+# =========================================== ARGUMENTS ===========================================
 
 
 @dataclass(frozen=True)
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem  # name of this experiment
-    seed: Natural = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
-    preset: Literal["small", "paper"] = "small"  # sizes for two CPU cores, or the paper's; other flags override it
-    resume: str | None = None  # go on with this run (runs/<run>) at its last checkpoint; it keeps its own flags
-    checkpoint_frequency: Natural = 20  # updates between two checkpoints of the fine-tuning; 0 turns them off
-    cache_path: str = "runs/cache"  # folder in which pretrained model and oracles wait for the next run
-    distributed: bool = False  # whether to call jax.distributed.initialize, for one run on several hosts
-    data_path: str | None = None  # CSV or TSV file, plain or gzipped, with a header; None: generated data
+    exp_name: str = "dna_finetune"  # name of this experiment
+    seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
+    preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
+    resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints; 0: none
+    cache_path: str = "runs/cache"  # folder where denoiser and oracles wait for the next run
+    data_path: str | None = None  # CSV or TSV file, plain or .gz, with a header; None: generated
     sequence_column: str = "seq"  # its column of sequences
     activity_column: str = "hepg2"  # its column of activities
-    split_column: str | None = None  # its column of chromosomes or elements; None: a sequence with its complement
-    sequence_length: Several = 200  # length of the sequences (L)
-    data_size: Count = 40_000  # number of sequences to generate
-    data_seed: Natural = 0  # seed of generated data, pretraining and oracles
-    hidden_dim: Count = 48  # channels of the denoiser
-    num_layers: Count = 4  # residual layers of the denoiser
-    pretrain_steps: Count = 2_000  # updates of the pretraining
-    pretrain_batch_size: Count = 128  # sequences per update of the pretraining
-    pretrain_lr: Positive = 4e-3  # its learning rate (AdamW)
-    pretrain_warmup: Natural = 50  # updates over which that rises from 0
-    denoiser_checkpoint: str | None = None  # DRAKES checkpoint (PyTorch Lightning) instead of the pretraining
-    trust_checkpoint: bool = False  # whether to read one that torch's weights_only refuses; it may run any code
-    oracle_dim: Count = 64  # channels of the oracle of the fine-tuning; that of the evaluation has 1.5 times as many
-    oracle_steps: Count = 1_500  # updates of each oracle, 128 sequences each
-    reward: str | None = None  # `module:function`, a list of sequences -> rewards, instead of the first oracle
-    weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # the weights of a group's samples
-    ell: Annotated[float, "finite and at most 0", lambda v: -math.inf < v <= 0] = -0.3  # floor of neg
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # the authors' z-scores, or Appendix E's: they sum to one
-    exp_temperature: Positive = 0.1  # zscore: temperature of exp, in units of the reward
-    target_kl: Positive = 1.5  # simplex: KL budget of the weights in nats (kappa), below log(group_size)
-    temperature_lr: Positive = 0.03  # simplex: learning rate of log lambda
-    num_updates: Count = 100  # updates of the fine-tuning
-    num_groups: Count = 4  # groups per update
-    group_size: Several = 32  # samples per group, which are weighted against each other
-    times_per_sample: Count = 4  # noise levels at which an update denoises each sample (the authors: 1)
-    sample_steps: Count = 40  # denoising steps of the sampler (T)
-    learning_rate: Positive = 1e-3  # learning rate of the fine-tuning (Adam)
-    grad_clip: Positive = 10.0  # largest norm of the fine-tuning's gradient
-    eval_samples: Several = 640  # samples of an evaluation
+    split_column: str | None = None  # its column whose values (chromosomes, elements) stay together
+    sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
+    data_size: int = 40_000  # sequences to generate
+    data_seed: int = 0  # seed of generated data, pretraining and oracles
+    denoiser_path: str | None = None  # a denoiser.model to start from, instead of pretraining one
+    hidden_dim: int = 48  # channels of the denoiser
+    num_layers: int = 4  # residual layers of the denoiser
+    pretrain_steps: int = 2_000  # updates of the pretraining
+    pretrain_batch_size: int = 128  # sequences per update of the pretraining
+    pretrain_lr: float = 4e-3  # its learning rate (Adam)
+    pretrain_warmup: int = 50  # updates over which the rate rises from 0
+    pretrain_decay: bool = True  # whether the rate then falls to 0, as a cosine; else it stays
+    oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
+    oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
+    weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
+    ell: float = -0.3  # floor of neg on z-scores; not comparable with the RL scripts' ell
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # see REWEIGHTING; simplex: RL scripts' ell
+    exp_temperature: float = 0.1  # zscore: temperature of exp, in units of the reward
+    target_kl: float = 1.5  # simplex: KL budget of the weights in nats (kappa)
+    num_updates: int = 100  # updates of the fine-tuning
+    num_groups: int = 4  # groups per update (G)
+    group_size: int = 32  # sequences per group, weighted against each other (n)
+    times_per_sample: int = 4  # noise levels at which an update denoises each sequence
+    sample_steps: int = 40  # denoising steps of the sampler (T)
+    learning_rate: float = 1e-3  # learning rate of the fine-tuning (Adam)
+    eval_samples: int = 640  # sequences of an evaluation
 
 
-PAPER = dict(preset="paper", data_size=700_000, hidden_dim=128, num_layers=20, pretrain_steps=131_500, num_updates=500,
-             pretrain_batch_size=512, pretrain_lr=3e-4, pretrain_warmup=2_500, oracle_dim=256, oracle_steps=20_000,
-             group_size=128, sample_steps=128, learning_rate=1e-4, checkpoint_frequency=100)  # fmt: skip
+PRESETS = {
+    "small": {},  # for two CPU cores
+    "hour": dict(  # larger groups and longer pretraining, for two CPU cores; not run yet
+        pretrain_steps=10_000,
+        num_updates=200,
+        group_size=128,
+        times_per_sample=1,
+    ),
+    "paper": dict(  # the authors' sizes, for a GPU; not run yet
+        data_size=700_000,
+        hidden_dim=128,
+        num_layers=20,
+        pretrain_steps=131_500,
+        pretrain_batch_size=512,
+        pretrain_lr=3e-4,
+        pretrain_warmup=2_500,
+        pretrain_decay=False,
+        oracle_dim=256,
+        oracle_steps=20_000,
+        num_updates=500,
+        group_size=128,
+        times_per_sample=1,
+        sample_steps=128,
+        learning_rate=1e-4,
+    ),
+}
+COUNTS = ("sequence_length", "data_size", "hidden_dim", "num_layers", "pretrain_steps")
+COUNTS += ("pretrain_batch_size", "pretrain_warmup", "oracle_dim", "oracle_steps", "num_updates")
+COUNTS += ("num_groups", "times_per_sample", "sample_steps")
+NATURALS = ("seed", "data_seed", "checkpoint_frequency")
+POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 
 
-def check_args(args: Args) -> Args:
-    """Return `args`, or exit with one line that names a flag out of its range."""
-    devices, log_n, zscore = jax.device_count(), math.log(max(args.group_size, 2)), args.normalizer == "zscore"
-    rules = [(name, *get_args(kind)[1:]) for name, hint in get_type_hints(type(args), include_extras=True).items()
-             for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]  # fmt: skip
-    rules += [
-        ("hidden_dim", "an even number", lambda v: v % 2 == 0),
-        ("sequence_length", "at least 40", lambda v: v >= 40),
-        ("data_size", "at least 1000", lambda v: v >= 1000),
-        ("group_size", f"so that all divide by {devices} devices", lambda v: v * args.num_groups % devices == 0),
-        ("pretrain_batch_size", f"a multiple of {devices} devices", lambda v: v % devices == 0),
-        ("target_kl", f"below log(group_size), {log_n:.3f}", lambda v: v < log_n or zscore),
-        ("weighting", "one with a positive sum under --normalizer simplex", lambda v: v != "wd1" or zscore),
-        ("exp_name", "a name without slashes", lambda v: v and "/" not in v),
-    ]
-    for name, allowed, is_allowed in rules:
-        if not is_allowed(value := getattr(args, name)):
-            raise SystemExit(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    return args
+def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
+    """Exit with one line that names the flag and what it may be, unless `is_allowed`."""
+    if not is_allowed:
+        name = flag.replace("_", "-")
+        raise SystemExit(f"--{name} must be {allowed}, got {getattr(args, flag)}")
 
 
-# ==================================================== SEQUENCES ==================================================
-LETTERS, MASK = np.frombuffer(b"ACGT", np.uint8), 4  # tokens 0 to 3, so that 3 - x is the complement, and the mask
+def check_args(args: Args) -> None:
+    """Exit with one line if a flag is out of its range."""
+    for flag in COUNTS:
+        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
+    for flag in NATURALS:
+        require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    for flag in POSITIVES:
+        require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
+    for flag in ("group_size", "eval_samples"):
+        require(args, flag, getattr(args, flag) >= 2, "a whole number, at least 2")
+    require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
+    require(args, "sequence_length", args.sequence_length >= 40, "at least 40")
+    require(args, "data_size", args.data_size >= 1_000, "at least 1000")
+    is_name = args.exp_name != "" and "/" not in args.exp_name
+    require(args, "exp_name", is_name, "a name without slashes")
+    if args.normalizer == "simplex":
+        log_n = math.log(args.group_size)  # weights that sum to one are never further apart
+        below = f"below log(group_size) = {log_n:.3f}"
+        require(args, "target_kl", args.target_kl < log_n, below)
+        has_sum = args.weighting != "wd1"
+        require(args, "weighting", has_sum, "another one, since wd1's weights sum to zero")
+    alone = args.resume is None or args == replace(type(args)(), resume=args.resume)
+    require(args, "resume", alone, "the only flag, since a run keeps its flags")
+
+
+# ============================================= DATA ==============================================
+LETTERS = np.frombuffer(b"ACGT", np.uint8)  # tokens 0 to 3, so that 3 - x is the complement of x
+MASK = 4  # the token of a masked letter
 
 
 class Data(NamedTuple):
-    """Sequences, their measured activity in log2 units, and which oracle learns from them (True: the evaluation's)."""
+    """Sequences with their measured activity in log2 units."""
 
     tokens: np.ndarray  # (N, L) uint8
     activity: np.ndarray  # (N,) float32
-    half: np.ndarray  # (N,) bool
+    half: np.ndarray  # (N,) bool: which oracle learns from it; True: the evaluating one
 
 
-def in_batches(function, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
-    """The rows (N, ...) of `function` of tokens (N, L), called on batches of one size, so that it compiles once."""
-    padded = np.concatenate([tokens, np.repeat(tokens[:1], -len(tokens) % size, axis=0)])
-    return np.concatenate([function(padded[i : i + size]) for i in range(0, len(padded), size)])[: len(tokens)]
+def encode(sequences: list[str]) -> np.ndarray:
+    """Tokens (B, L), uint8, of B equally long sequences of A, C, G and T."""
+    letters = np.frombuffer("".join(sequences).encode(), np.uint8)
+    return np.searchsorted(LETTERS, letters).astype(np.uint8).reshape(len(sequences), -1)
 
 
-# ================================================= GENERATED DATA ================================================
-# Factors in HepG2 cells: site as IUPAC consensus; effect (below 0: represses); share of the planted sites (repressors:
-# of sequences); where it acts most (midway, or near the reporter at the 3' end); strength on the other strand.
-MOTIFS = {
-    "HNF1A": ("GTTAATNATTAAC", 1.7, 0.09, 0.5, 1.0),
-    "HNF4A": ("RGGNCAAAGKYCA", 1.6, 0.11, 0.5, 0.85),
-    "CEBPA": ("RTTGCGYAAY", 1.3, 0.12, 0.5, 1.0),
-    "FOXA": ("TRTTTACWYW", 0.9, 0.13, 0.5, 0.9),
-    "ETS": ("MCCGGAAGT", 1.1, 0.13, 0.75, 0.7),
-    "AP-1": ("TGASTCA", 1.2, 0.12, 0.5, 1.0),
-    "CREB": ("TGACGTMA", 1.2, 0.08, 0.75, 1.0),
-    "SP1": ("GGGGCGGGG", 0.7, 0.08, 0.75, 0.8),
-    "NFY": ("RRCCAATSR", 0.7, 0.07, 0.75, 0.75),
-    "USF": ("RTCACGTGAY", 0.8, 0.07, 0.75, 1.0),
-    "SNAI/ZEB": ("CACCTG", -0.5, 0.15, 0.5, 1.0),
-    "REST": ("TTCAGCACCNNGGACAGCGCC", -2.0, 0.03, 0.5, 1.0),
-    "GFI1": ("WAATCACWGC", -0.8, 0.06, 0.5, 1.0),
+def decode(tokens) -> list[str]:
+    """B sequences of letters, of tokens (B, L)."""
+    return [row.tobytes().decode() for row in LETTERS[np.asarray(tokens)]]
+
+
+def read_data(args: Args) -> Data:
+    """The sequences of the CSV or TSV file --data-path; prints how many, and what is left out.
+
+    Rows with the same entry in --split-column, or without one a sequence and its reverse
+    complement, are in the same half. Exits with one line if the file is of no use.
+    """
+    path = pathlib.Path(args.data_path)
+    sequences, activities, groups = [], [], []
+    left_out = collections.Counter()
+    try:
+        for sequence, value, group in read_rows(path, args):
+            if set(sequence) - set("ACGT"):
+                left_out["with letters other than A, C, G, T"] += 1
+            elif len(sequence) != args.sequence_length:
+                left_out[f"not of {args.sequence_length} letters"] += 1
+            elif not is_finite_number(value):
+                left_out["without a number"] += 1
+            else:
+                other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
+                sequences.append(sequence)
+                activities.append(float(value))
+                groups.append(group or min(sequence, other_strand))
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise SystemExit(f"--data-path {path}: {one_line(error)}") from None
+    counts = [f"{len(sequences)} rows used"]
+    counts += [f"{count} left out, {reason}" for reason, count in left_out.items()]
+    print(f"{path}: {'; '.join(counts)}", flush=True)
+    _, group_numbers = np.unique(groups, return_inverse=True)
+    half = group_numbers % 2 == 1
+    if len(half) < 200 or not half.any():
+        raise SystemExit(f"--data-path {path}: 200 rows in two groups are needed; see above")
+    return Data(encode(sequences), np.float32(activities), half)
+
+
+def read_rows(path: pathlib.Path, args: Args) -> Iterator[tuple[str, str, str]]:
+    """Sequence, activity and entry of --split-column (or "") of each row; may be plain or .gz."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter, restval="")
+        for column in (args.sequence_column, args.activity_column, args.split_column):
+            if column and column not in (reader.fieldnames or []):
+                raise ValueError(f"it has no column {column}, only {reader.fieldnames}")
+        for row in reader:
+            group = row[args.split_column] if args.split_column else ""
+            yield row[args.sequence_column].strip().upper(), row[args.activity_column], group
+
+
+def is_finite_number(text: str) -> bool:
+    """Whether `text` is one."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
+    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
+    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
+    padded = np.concatenate([tokens, padding])
+    starts = range(0, len(padded), size)
+    parts = [np.asarray(function(padded[start : start + size])) for start in starts]
+    return np.concatenate(parts)[: len(tokens)]
+
+
+# ======================================== GENERATED DATA =========================================
+# Made-up data whose activity is known exactly, so that it shows where the oracles are fooled. The
+# binding sites are real ones of liver cells (as IUPAC consensus); how they act is made up.
+
+
+MOTIFS = {  # name: site, and its effect on the activity; below 0 it represses
+    "HNF1A": ("GTTAATNATTAAC", 1.7),
+    "HNF4A": ("RGGNCAAAGKYCA", 1.6),
+    "CEBPA": ("RTTGCGYAAY", 1.3),
+    "FOXA": ("TRTTTACWYW", 0.9),
+    "ETS": ("MCCGGAAGT", 1.1),
+    "AP-1": ("TGASTCA", 1.2),
+    "CREB": ("TGACGTMA", 1.2),
+    "USF": ("RTCACGTGAY", 0.8),
+    "SP1": ("GGGGCGGGG", 0.7),
+    "NFY": ("RRCCAATSR", 0.7),
+    "SNAI/ZEB": ("CACCTG", -0.5),
+    "GFI1": ("WAATCACWGC", -0.8),
 }
-NAMES, (CONSENSUS, EFFECT, SHARE, CENTER, REVERSE) = list(MOTIFS), map(np.array, zip(*MOTIFS.values(), strict=True))
-PAIRS = {("HNF1A", "HNF4A"): 1.0, ("HNF4A", "CEBPA"): 0.9, ("FOXA", "HNF4A"): 0.9, ("CEBPA", "AP-1"): 0.7,
-         ("FOXA", "HNF1A"): 0.7, ("ETS", "SP1"): 0.6, ("ETS", "CREB"): 0.6, ("NFY", "USF"): 0.5}  # fmt: skip
-PAIR_REACH, WEAK_SITE, NOISE = 35, 0.3, 0.3  # bp between sites that help each other; a mismatch; measurement's std
-SILENT, HILL_RISE, HILL_HALF, HILL_POWER = -1.0, 12.8, 8.5, 2.23  # for quantiles .2, 4.6 (99%), 6.2 (99.9%)
-IUPAC = dict(A="0", C="1", G="2", T="3", R="02", Y="13", S="12", W="03", K="23", M="01", N="0123")  # tokens of a letter
-# Odds of neighbours in the human genome, f(xy) / (f(x) f(y)), x down and y across in the order ACGT: CpG has 0.23.
-ODDS = np.array([[1.12, 0.84, 1.17, 0.88], [1.2, 1.24, 0.23, 1.17], [1.02, 1.0, 1.24, 0.84], [0.74, 1.02, 1.2, 1.12]])
+SITES = [site for site, _ in MOTIFS.values()]
+EFFECTS = np.array([effect for _, effect in MOTIFS.values()], np.float32)
+IUPAC = {"A": [0], "C": [1], "G": [2], "T": [3], "R": [0, 2], "Y": [1, 3], "S": [1, 2]}
+IUPAC |= {"W": [0, 3], "K": [2, 3], "M": [0, 1], "N": [0, 1, 2, 3]}  # tokens of each letter
+WIDTH = max(len(site) for site in SITES)
+WEAK_SITE = 0.3  # strength of a site with one letter wrong
+# The activity is SILENT without sites and RISE above it at most. The constants are such that its
+# median, 99% and 99.9% quantiles, 0.1, 4.9 and 6.1, are near those of the paper's data (.2, 4.6, 6.2).
+SILENT, RISE, HALF, POWER = -1.0, 12.8, 6.5, 2.37
+MEASUREMENT_STD = 0.3
 
 
-def plant(rng: np.random.Generator, tokens: np.ndarray, rows: np.ndarray, k: int, near=None) -> np.ndarray:
-    """Write a site of motif k into each of `rows` of `tokens`, in place, on either strand; one in five has a mismatch.
-
-    It lies 12 to 29 bp beside the starts `near` (R,), or anywhere. Returns its starts (R,).
-    """
-    width, size, last = len(CONSENSUS[k]), len(rows), tokens.shape[1] - len(CONSENSUS[k])
-    site = np.stack([rng.choice([int(x) for x in IUPAC[letter]], size) for letter in CONSENSUS[k]], axis=1)
-    flawed = np.flatnonzero(rng.random(size) < 0.2)
-    site[flawed, rng.integers(width, size=len(flawed))] = rng.integers(4, size=len(flawed))
-    site = np.where(rng.random((size, 1)) < 0.5, site, 3 - site[:, ::-1])
-    starts, beside = rng.integers(last + 1, size=size), rng.choice([-1, 1], size) * rng.integers(12, 30, size)
-    starts = starts if near is None else np.clip(near + beside, 0, last)
-    tokens[rows[:, None], starts[:, None] + np.arange(width)] = site
-    return starts
-
-
-def generate_data(size: int, length: int, seed: int) -> Data:
-    """`size` sequences of a second-order Markov chain with planted sites; their measured activity; a chromosome's half.
-
-    Sequences differ in GC, as isochores do. Three sites in ten have a partner of PAIRS.
-    """
-    rng, gc = np.random.default_rng(seed), np.array([0.32, 0.4, 0.5, 0.6, 0.7])
-    base = np.stack([1 - gc, gc, gc, 1 - gc], axis=1) / 2  # (5, 4)
-    triples = base[:, :, None, None] * base[:, None, :, None] * base[:, None, None] * ODDS[:, :, None] * ODDS
-    triples[:, [0, 3], [0, 3], [0, 3]] *= 1.25  # runs of A and of T
-    limits = np.cumsum(triples / triples.sum(-1, keepdims=True), axis=-1)[..., :3]
-    tokens = rng.integers(4, size=(size, length), dtype=np.uint8)
-    isochore = rng.choice(5, size, p=[0.2, 0.3, 0.25, 0.15, 0.1])
-    for i in range(2, length):
-        tokens[:, i] = (rng.random((size, 1)) > limits[isochore, tokens[:, i - 2], tokens[:, i - 1]]).sum(1)
-    activators, num_sites = np.flatnonzero(EFFECT > 0), np.minimum(rng.poisson(rng.gamma(10.0, 0.45, size)), 12)
-    partners = {k: [NAMES.index(a if b == NAMES[k] else b) for a, b in PAIRS if NAMES[k] in (a, b)] for k in activators}
-    for i in range(num_sites.max()):
-        rows = np.flatnonzero(num_sites > i)
-        drawn = rng.choice(activators, len(rows), p=SHARE[activators] / SHARE[activators].sum())
-        for k in activators:
-            starts = plant(rng, tokens, chosen := rows[drawn == k], k)
-            partner = np.where(rng.random(len(chosen)) < 0.3, rng.choice(partners[k], len(chosen)), -1)
-            for j in partners[k]:
-                plant(rng, tokens, chosen[partner == j], j, starts[partner == j])
-    for k in np.flatnonzero(EFFECT < 0):
-        plant(rng, tokens, np.flatnonzero(rng.random(size) < SHARE[k]), k)
-    activity = in_batches(true_activity, tokens) + NOISE * rng.standard_normal(size)
-    return Data(tokens, activity.astype(np.float32), rng.integers(1, 23, size) % 2 == 1)
+def site_filters() -> np.ndarray:
+    """Filters (WIDTH, 4, 2, M), which count a site's letters on either strand; N counts nothing."""
+    filters = np.zeros((WIDTH, 4, 2, len(SITES)), np.float32)
+    for k, site in enumerate(SITES):
+        for i, letter in enumerate(site):
+            if letter != "N":
+                tokens = np.array(IUPAC[letter])
+                filters[i, tokens, 0, k] = 1
+                filters[len(site) - 1 - i, 3 - tokens, 1, k] = 1
+    return filters
 
 
 @jax.jit
-def find_sites(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Strength (B, L, M) of the site of each motif that starts at each position of tokens (B, L), and its strand.
+def find_sites(tokens: jax.Array) -> jax.Array:
+    """Strength (B, L, M) of the site of each motif that starts at each position of tokens (B, L).
 
-    Each mismatch is a factor WEAK_SITE; up to 2 are allowed, in a short consensus none. Strand: True for the other.
+    1 for a site, WEAK_SITE with one letter of at least 8 wrong, else 0; the better strand counts.
     """
-    width, letters = max(map(len, CONSENSUS)), np.array([len(c) - c.count("N") for c in CONSENSUS.tolist()])[:, None]
-    filters = np.zeros((width, 4, len(MOTIFS), 2), np.float32)
-    for k, consensus in enumerate(CONSENSUS):
-        for i, letter in enumerate(consensus):
-            for x in map(int, IUPAC[letter] if letter != "N" else ""):
-                filters[i, x, k, 0] = filters[len(consensus) - 1 - i, 3 - x, k, 1] = 1
-    x = jnp.pad(jax.nn.one_hot(tokens, 4), ((0, 0), (0, width - 1), (0, 0)))  # no site hangs over the end
-    filters = filters.reshape(width, 4, -1)
-    matches = jax.lax.conv_general_dilated(x, filters, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-    missing = letters - matches.reshape(*tokens.shape, len(MOTIFS), 2)
-    strength = jnp.where(missing <= np.clip((letters - 6) // 2, 0, 2), WEAK_SITE**missing, 0.0)
-    return strength.max(-1), strength[..., 1] > strength[..., 0]  # a palindrome counts once, forward
+    filters = site_filters()
+    num_letters = filters[:, :, 0].any(axis=1).sum(axis=0)  # (M,)
+    x = jax.nn.one_hot(tokens, 4)
+    x = jnp.pad(x, ((0, 0), (0, WIDTH - 1), (0, 0)))  # no site hangs over the end
+    layout = ("NWC", "WIO", "NWC")
+    matches = jax.lax.conv_general_dilated(
+        x, filters.reshape(WIDTH, 4, -1), (1,), "VALID", dimension_numbers=layout
+    )
+    missing = num_letters - matches.reshape(*tokens.shape, 2, -1).max(axis=-2)
+    is_weak = (missing == 1) & (num_letters >= 8)
+    return jnp.where(missing == 0, 1.0, jnp.where(is_weak, WEAK_SITE, 0.0))
 
 
 @jax.jit
 def true_activity(tokens: jax.Array) -> jax.Array:
-    """The noiseless activity (B,) of tokens (B, L) in log2 units, the known truth of the generated data.
+    """The activity (B,) of tokens (B, L) in log2 units, without the error of measurement.
 
-    A Hill function of x = (sum_m e_m (1 - exp(-1.5 o_m)) + pairs) / (1 + repression), where the occupancy o_m sums the
-    sites by strength, place and strand: a second site of a factor adds less than the first.
+    A Hill function of activation / (1 + repression), both sums of effects e_m (1 - exp(-1.5 o_m)),
+    o_m the sum of a motif's sites: the second site of a motif adds less than the first.
     """
-    (sites, is_reverse), at = find_sites(tokens), np.arange(tokens.shape[1])
-    sites = sites * jnp.where(is_reverse, REVERSE, 1.0)  # (B, L, M)
-    by_place = 0.5 + 0.5 * np.exp(-0.5 * ((at[:, None] / len(at) - CENTER) / 0.3) ** 2)
-    bound = 1 - jnp.exp(-1.5 * jnp.sum(sites * by_place, axis=1))  # (B, M)
-    distance = np.abs(at - at[:, None])
-    within = np.float32((distance >= 6) & (distance <= PAIR_REACH))  # sites that overlap are not both bound
-    first, second = (sites[..., np.array([NAMES.index(pair[i]) for pair in PAIRS])] for i in (0, 1))
-    reached = jnp.sum(jnp.einsum("ij,bjp->bip", within, second) * first, axis=1)  # (B, pairs)
-    drive = bound @ np.maximum(EFFECT, 0) + (1 - jnp.exp(-1.5 * reached)) @ np.array(list(PAIRS.values()))
-    x = (drive / (1 + bound @ np.maximum(-EFFECT, 0))) ** HILL_POWER
-    return SILENT + HILL_RISE * x / (HILL_HALF**HILL_POWER + x)
+    bound = 1 - jnp.exp(-1.5 * find_sites(tokens).sum(axis=1))  # (B, M)
+    activation = bound @ np.maximum(EFFECTS, 0)
+    repression = bound @ np.maximum(-EFFECTS, 0)
+    x = (activation / (1 + repression)) ** POWER
+    return SILENT + RISE * x / (HALF**POWER + x)
 
 
-# ==================================================== NETWORKS ===================================================
+def generate_data(size: int, length: int, seed: int) -> Data:
+    """`size` sequences of random letters, each with a GC content of its own, with planted sites."""
+    rng = np.random.default_rng(seed)
+    gc = rng.normal(0.46, 0.1, (size, 1)).clip(0.25, 0.75)
+    is_gc = rng.random((size, length)) < gc
+    is_second = rng.random((size, length)) < 0.5
+    tokens = np.where(is_gc, 1 + is_second, 3 * is_second).astype(np.uint8)
+    richness = rng.gamma(4.0, 1 / 4.0, size)  # some sequences have more sites than others
+    for site, effect in zip(SITES, EFFECTS, strict=True):
+        # Each motif in Poisson-many places, on either strand.
+        num_sites = rng.poisson((0.45 if effect > 0 else 0.15) * richness)
+        rows = np.repeat(np.arange(size), num_sites)
+        letters = np.stack([rng.choice(IUPAC[letter], len(rows)) for letter in site], axis=1)
+        is_forward = rng.random((len(rows), 1)) < 0.5
+        letters = np.where(is_forward, letters, 3 - letters[:, ::-1])
+        starts = rng.integers(length - len(site) + 1, size=(len(rows), 1))
+        tokens[rows[:, None], starts + np.arange(len(site))] = letters
+    noise = MEASUREMENT_STD * rng.standard_normal(size)
+    activity = np.float32(in_batches(true_activity, tokens) + noise)
+    return Data(tokens, activity, half=rng.random(size) < 0.5)
+
+
+# =========================================== NETWORKS ============================================
 class Denoiser(nn.Module):
-    """Logits of p(x_0 | x_t), (B, L, 4), at tokens x_t (B, L) or at probabilities of tokens (B, L, 5).
+    """Logits of p(x_0 | x_t), (..., L, 4), at tokens x_t (..., L) or their chances (..., L, 5).
 
-    The network of DRAKES (Wang et al. 2024), given the noise level 0 at every t: its time features are constant.
+    The network of DRAKES (Wang et al. 2024). It is not told the time there either: its features of
+    the time are those of t = 0 at every t. What they add to each layer is a bias here.
     """
 
     hidden_dim: int
@@ -270,431 +364,762 @@ class Denoiser(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        frequencies = self.param("frequencies", nn.initializers.normal(30.0), (self.hidden_dim // 2,))
-        angles = 0.0 * frequencies  # 2 pi sigma W
-        time = nn.relu(nn.Dense(self.hidden_dim, name="time")(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
-        h = nn.relu(nn.Conv(self.hidden_dim, (9,), name="conv_in")(jax.nn.one_hot(x, 5) if x.ndim == 2 else x))
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = jax.nn.one_hot(x, 5)
+        h = nn.relu(nn.Conv(self.hidden_dim, (9,), name="conv_in")(x))
         for i in range(self.num_layers):
             dilation = (1, 1, 4, 16, 64)[5 * i // self.num_layers]  # 1 in two fifths of the layers
-            y = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(h + nn.Dense(self.hidden_dim, name=f"time_{i}")(time))
-            # Flax calls lax.conv_general_dilated: on CPU 3 times as fast as a sum of shifted products.
-            h = h + nn.relu(nn.Conv(self.hidden_dim, (9,), kernel_dilation=dilation, name=f"conv_{i}")(y))
+            bias = self.param(f"bias_{i}", nn.initializers.zeros, (self.hidden_dim,))
+            y = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(h + bias)
+            y = nn.Conv(self.hidden_dim, (9,), kernel_dilation=dilation, name=f"conv_{i}")(y)
+            h = h + nn.relu(y)
         h = nn.relu(nn.Dense(self.hidden_dim, name="head_0")(h))
-        return nn.Dense(5, name="head_1")(h)[..., :MASK]  # without the mask's logit: it never gets probability
+        return nn.Dense(5, name="head_1")(h)[..., :MASK]  # the mask never gets probability
 
 
 class Oracle(nn.Module):
-    """Activity (B,) in standard deviations, at letters one-hot or probabilities (B, L, 4)."""
+    """Activity (B,) in the data's units, at tokens (B, L) or chances of letters (B, L, 4)."""
 
     width: int
+    mean: float = 0.0  # of the data; the network learns what is left in standard deviations
+    std: float = 1.0
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
-        x = nn.relu(nn.Conv(self.width, (15,))(x - 0.25)) ** 2  # squared: it learns motifs in half the steps
-        x = nn.max_pool(x, (8,), (8,))
+    def __call__(self, x, training: bool = False):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = jax.nn.one_hot(x, 4)
+        x = nn.relu(nn.Conv(self.width, (15,))(x - 0.25))
+        x = nn.max_pool(x**2, (8,), (8,))  # squared, it learns motifs in half the steps
         x = x + nn.relu(nn.Conv(self.width, (5,))(x))
-        x = nn.Dropout(0.1, deterministic=not train)(jnp.concatenate([x.max(1), x.mean(1)], axis=-1))
-        return nn.Dense(1)(nn.relu(nn.Dense(self.width)(x)))[..., 0]
+        x = jnp.concatenate([x.max(axis=-2), x.mean(axis=-2)], axis=-1)
+        x = nn.Dropout(0.1, deterministic=not training)(x)
+        x = nn.relu(nn.Dense(self.width)(x))
+        return self.mean + self.std * nn.Dense(1)(x)[..., 0]
+
+
+class Model(struct.PyTreeNode):
+    """A network with its parameters: a function, of which gradients can be taken."""
+
+    params: Any
+    network: nn.Module = struct.field(pytree_node=False)
+
+    def __call__(self, x, **options):
+        return self.network.apply(self.params, x, **options)
+
+
+def create_model(network: nn.Module, args: Args, key: jax.Array) -> Model:
+    """A `Model` of new parameters."""
+    tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
+    return Model(network.init(key, tokens), network)
 
 
 @jax.jit
-def predict(oracle: dict, x: jax.Array) -> jax.Array:
-    """Activity (B,) in the data's units by an oracle of `train_oracle`, at tokens (B, L) or probabilities (B, L, 4)."""
-    model = Oracle(oracle["params"]["params"]["Conv_0"]["bias"].shape[0])
-    return oracle["mean"] + oracle["std"] * model.apply(oracle["params"], jax.nn.one_hot(x, 4) if x.ndim == 2 else x)
+def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
+    """Activity (B,) of tokens (B, L) by an oracle."""
+    return oracle(tokens)
 
 
-# =================================================== DIFFUSION ===================================================
-T_MIN = 1e-3  # smallest time; also the share of tokens that no mask hides at t = 1
+# =========================================== DIFFUSION ===========================================
+T_MIN = 1e-5  # smallest time
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
-    """1 - exp(-sigma_t) = (1 - 1e-3) t, the chance that a token is masked; (d sigma / dt) / expm1(sigma) is 1 / t."""
-    return (1 - T_MIN) * t
+    """1 - exp(-sigma_t) = (1 - 1e-3) t, the chance that a letter is masked at t in [0, 1] (MDLM).
+
+    (d sigma / dt) / expm1(sigma), the weight of the denoising loss at t, is then 1 / t.
+    """
+    return (1 - 1e-3) * t
 
 
-def denoising_loss(logits_of, key: jax.Array, tokens: jax.Array) -> jax.Array:
-    """l(x) (B,), a bound on -log p(x) in nats, of tokens (B, L), each at one time; the batch's times are antithetic.
+def denoising_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
+    """l(x) (..., n), a bound on -log p(x) in nats, of tokens (..., n, L).
 
-    logits_of: x_t (B, L) -> (B, L, 4). A uniform model has the expected loss L log 4 at every t (but for 1e-3 of it).
+    Each sequence is masked at one time; the n times are antithetic: one in each n-th of (0, 1).
     """
     t_key, mask_key = jax.random.split(key)
-    size = len(tokens)  # one time in each B-th part of (0, 1), neighbours far apart, so that groups have all times
-    stride = next(i for i in range(round(0.618 * size), 2 * size) if math.gcd(i, size) == 1)
-    t = T_MIN + (1 - T_MIN) * ((jax.random.uniform(t_key) + jnp.arange(size) * stride % size / size) % 1)
-    masked = jax.random.uniform(mask_key, tokens.shape) < mask_chance(t)[:, None]
-    log_p = nn.log_softmax(logits_of(jnp.where(masked, MASK, tokens)))
-    nats = -jnp.take_along_axis(log_p, tokens[..., None].astype(int), axis=-1)[..., 0]
-    return jnp.sum(jnp.where(masked, nats, 0.0), axis=-1) / t  # what is not masked is carried over: no loss
+    n = tokens.shape[-2]
+    u = jax.random.uniform(t_key, (*tokens.shape[:-2], 1))
+    t = T_MIN + (1 - T_MIN) * ((u + jnp.arange(n) / n) % 1)
+    is_masked = jax.random.uniform(mask_key, tokens.shape) < mask_chance(t)[..., None]
+    log_p = nn.log_softmax(denoiser(jnp.where(is_masked, MASK, tokens)))
+    letters = tokens[..., None].astype(int)
+    nats = -jnp.take_along_axis(log_p, letters, axis=-1)[..., 0]
+    # A letter that is not masked is carried over by the sampler: nothing to learn.
+    return jnp.sum(jnp.where(is_masked, nats, 0.0), axis=-1) / t
 
 
-def sample_sequences(logits_of, key: jax.Array, num_samples: int, num_steps: int, length: int) -> jax.Array:
-    """Draw tokens (num_samples, length), uint8, in `num_steps` steps from all masks, t = 1, to t = 1e-3.
+@partial(jax.jit, static_argnames=("num_samples", "num_steps", "length"))
+def sample_sequences(denoiser: Model, key, num_samples: int, num_steps: int, length: int):
+    """Draw tokens (num_samples, length), uint8, in `num_steps` steps from t = 1, all masks.
 
-    From t to s a mask is lifted with chance 1 - mask_chance(s) / mask_chance(t); its letter comes from p(x_0 | x_t).
+    From t to s a mask is lifted with chance 1 - mask_chance(s) / mask_chance(t); its letter is
+    drawn from p(x_0 | x_t). What is masked at T_MIN becomes the most probable letter.
     """
     chances = mask_chance(jnp.linspace(1.0, T_MIN, num_steps + 1))
+    lift_chances = 1 - chances[1:] / chances[:-1]
 
-    def denoise(x, step):
-        lifted, key = step  # one uniform number decides whether a mask is lifted and which letter it hides (4: none)
-        limits = lifted * jnp.cumsum(nn.softmax(logits_of(x)), axis=-1)
-        drawn = jnp.sum(jax.random.uniform(key, x.shape)[..., None] > limits, axis=-1, dtype=x.dtype)
+    def denoising_step(x, step):
+        lift_chance, key = step
+        # One uniform number decides whether a mask is lifted and which letter is under it.
+        limits = lift_chance * jnp.cumsum(nn.softmax(denoiser(x)), axis=-1)
+        u = jax.random.uniform(key, x.shape)
+        drawn = jnp.sum(u[..., None] > limits, axis=-1, dtype=x.dtype)  # 4, MASK: not lifted
         return jnp.where(x == MASK, drawn, x), None
 
-    x = spread(jnp.full((num_samples, length), MASK, jnp.uint8))
-    x, _ = jax.lax.scan(denoise, x, (1 - chances[1:] / chances[:-1], jax.random.split(key, num_steps)))
-    return jnp.where(x == MASK, logits_of(x).argmax(-1), x).astype(jnp.uint8)
+    x = jnp.full((num_samples, length), MASK, jnp.uint8)
+    steps = (lift_chances, jax.random.split(key, num_steps))
+    x, _ = jax.lax.scan(denoising_step, x, steps)
+    return jnp.where(x == MASK, denoiser(x).argmax(axis=-1), x).astype(jnp.uint8)
 
 
-def on_all(*axes: str) -> NamedSharding:
-    """An array's place on all devices of all hosts: copies, or with "batch", a share of its first axis each."""
-    return NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec(*axes))
+# ==================================== PRETRAINING AND ORACLES ====================================
+class FitSettings(NamedTuple):
+    """How `fit` trains a model."""
+
+    num_steps: int
+    batch_size: int
+    lr: float
+    warmup: int = 50  # steps over which the learning rate rises to lr
+    decay: bool = True  # whether it then falls to 0, as a cosine; else it stays
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """Inside jit: share x out by its first axis, and so what is computed from it."""
-    return jax.lax.with_sharding_constraint(x, on_all("batch"))
+def make_schedule(settings: FitSettings) -> optax.Schedule:
+    """The learning rate of `fit` at each step."""
+    peak, warmup = settings.lr, settings.warmup
+    if settings.decay:
+        last_step = max(settings.num_steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, last_step)
+    return optax.warmup_constant_schedule(0.0, peak, warmup)
 
 
-# ================================================== REWEIGHTING ==================================================
-def zscore_weights(r: jax.Array, weighting: str, ell: float, exp_temperature: float) -> jax.Array:
-    """The authors' weights of a group's rewards (..., n), by z-scores clipped at 3; wd1's sum to zero (Example 3.4)."""
-    if weighting in ("exp", "wd1"):
-        return nn.softmax(r / exp_temperature) if weighting == "exp" else nn.softmax(r) - nn.softmax(-r)
-    z = (r - r.mean(-1, keepdims=True)) / (r.std(-1, keepdims=True) + 1e-6)
-    return jnp.clip(z, ell if weighting == "neg" else 0.0, 3.0) ** (2 if weighting == "square" else 1)
+def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, seed: int) -> Model:
+    """The model after steps of Adam on loss(model, batch, key), a batch being rows of `data`.
 
-
-def simplex_weights(r: jax.Array, temp: jax.Array, weighting: str, ell: float) -> jax.Array:
-    """Weights (..., n) that sum to one: exp(y), max(y, 0), max(y, 0)^2 or max(y, ell/n), y = (r - nu) / temp (App. E).
-
-    The k largest are above the floor if, with nu at the k-th, they sum to no more than is left; nu solves the equation
-    of those k. y is counted from its maximum, so that nothing cancels: above the floor it is in [-1, 0].
+    Exits with one line if the loss is not finite in the end.
     """
-    if weighting == "exp":
-        return nn.softmax(r / temp)
-    y, n, power = (r - r.max(-1, keepdims=True)) / temp, r.shape[-1], 2 if weighting == "square" else 1
-    y_sorted, k, floor = jnp.sort(y, descending=True), jnp.arange(1, n + 1), ell / n if weighting == "neg" else 0.0
-    mean = jnp.cumsum(y_sorted, axis=-1) / k
-    scatter = jnp.cumsum(y_sorted**2, axis=-1) - k * mean**2 if power == 2 else 0.0
-    is_active = scatter + k * (mean - y_sorted) ** power <= 1 - n * floor
-    rest = (1 - scatter - (n - k) * floor) / k  # to be spread over the k: (mean - nu) ** power
-    nu = jnp.take_along_axis(
-        mean - jnp.maximum(rest, 0.0) ** (1 / power), is_active.sum(-1, keepdims=True) - 1, axis=-1
-    )
-    return jnp.maximum(y - nu, floor) ** power
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(make_schedule(settings)))
+
+    @jax.jit
+    def step(model, opt_state, data, key):
+        row_key, loss_key = jax.random.split(key)
+        num_rows = len(jax.tree.leaves(data)[0])
+        rows = jax.random.randint(row_key, (settings.batch_size,), 0, num_rows)
+        batch = jax.tree.map(lambda values: values[rows], data)
+        value, grads = jax.value_and_grad(loss)(model, batch, loss_key)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(model, updates), opt_state, value
+
+    data = jax.device_put(data)
+    opt_state = optimizer.init(model)
+    for i in progress_bar(name, 0, settings.num_steps):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        model, opt_state, value = step(model, opt_state, data, key)
+    if not np.isfinite(value):
+        raise SystemExit(f"{name} diverged: its loss is {value}")
+    return model
 
 
-def temperature_loss(log_lambda: jax.Array, weights: jax.Array, target_kl: float) -> jax.Array:
-    """lambda (kappa - KL(w || uniform)), averaged over groups (equation 23); negative weights count as 1e-6."""
-    p = jnp.maximum(weights, 1e-6) / jnp.maximum(weights, 1e-6).sum(-1, keepdims=True)
-    kl = math.log(p.shape[-1]) + jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
-    return jnp.exp(log_lambda) * (target_kl - jax.lax.stop_gradient(kl))
+def pretraining_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
+    """Denoising loss per letter of tokens (B, L)."""
+    return denoising_loss(denoiser, tokens, key).mean() / tokens.shape[-1]
 
 
-# =================================================== LEARNING ====================================================
-def make_optimizer(stage: str, args: Args) -> optax.GradientTransformation:
-    """The optimizer of "oracle", "pretraining" or "finetuning" (also of the baseline "drakes")."""
-    if stage in ("finetuning", "drakes"):
-        model = optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.learning_rate))
-        parts = {"model": model, "log_lambda": optax.adam(args.temperature_lr)}
-        return optax.multi_transform(parts, {name: name for name in parts})
-    peak, warmup, steps = args.pretrain_lr, args.pretrain_warmup, args.pretrain_steps
-    if stage == "oracle":
-        peak, warmup, steps = 3e-3, 50, args.oracle_steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
+def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
+    """Squared error, in variances of the data, on a batch of tokens (B, L) and activity (B,)."""
+    tokens, activity = batch
+    predicted = oracle(tokens, training=True, rngs={"dropout": key})
+    return jnp.mean((predicted - activity) ** 2) / oracle.network.std**2
 
 
-def pretraining_loss(params, key, batch, model: Denoiser, args: Args):
-    """Denoising loss per token of sequences drawn from batch = tokens (N, L)."""
-    row_key, key = jax.random.split(key)
-    x = spread(batch[jax.random.randint(row_key, (args.pretrain_batch_size,), 0, len(batch))])
-    loss = denoising_loss(partial(model.apply, params), key, x).mean()
-    return loss / x.shape[1], {"losses/nats_per_sequence": loss}
+def pretrain_denoiser(data: Data, args: Args) -> Model:
+    """A denoiser of the data's sequences."""
+    seed = args.data_seed
+    model = create_model(Denoiser(args.hidden_dim, args.num_layers), args, jax.random.key(seed))
+    rate = args.pretrain_lr, args.pretrain_warmup, args.pretrain_decay
+    settings = FitSettings(args.pretrain_steps, args.pretrain_batch_size, *rate)
+    return fit_or_load(args, "denoiser", model, pretraining_loss, data.tokens, settings, seed)
 
 
-def oracle_loss(params, key, batch, model: Oracle, args: Args):
-    """Squared error on 128 rows of batch = tokens (N, L), standardized activities (N,)."""
-    row_key, key = jax.random.split(key)
-    rows = jax.random.randint(row_key, (128,), 0, len(batch[0]))
-    predicted = model.apply(params, spread(jax.nn.one_hot(batch[0][rows], 4)), train=True, rngs={"dropout": key})
-    loss = jnp.mean((predicted - batch[1][rows]) ** 2)
-    return loss, {"losses/squared_error": loss}
+def train_oracle(data: Data, half: bool, args: Args) -> Model:
+    """An oracle of one half of the data. Prints how well it predicts the other half."""
+    is_own = data.half == half
+    tokens, activity = data.tokens[is_own], data.activity[is_own]
+    name = "evaluation oracle" if half else "reward oracle"
+    width = 3 * args.oracle_dim // 2 if half else args.oracle_dim
+    seed = args.data_seed + int(half)
+    network = Oracle(width, float(activity.mean()), float(activity.std()) + 1e-6)
+    model = create_model(network, args, jax.random.key(seed))
+    settings = FitSettings(args.oracle_steps, batch_size=128, lr=3e-3)
+    oracle = fit_or_load(args, name, model, oracle_loss, (tokens, activity), settings, seed)
+    predicted = in_batches(partial(predict, oracle), data.tokens[~is_own])
+    correlation = stats.spearmanr(predicted, data.activity[~is_own]).statistic
+    print(f"{name}: Spearman correlation {correlation:.3f} on the other half", flush=True)
+    return oracle
 
 
-def finetuning_loss(params, key, batch, model: Denoiser, args: Args):
-    """Weighted denoising loss (equation 8) per token of batch = samples (G n, L), rewards (G n,), in G groups of n."""
-    rewards, lambda_loss = batch[1].reshape(args.num_groups, args.group_size), 0.0
-    weights = zscore_weights(rewards, args.weighting, args.ell, args.exp_temperature)
-    if args.normalizer == "simplex":
-        temp = jax.lax.stop_gradient(jnp.exp(params["log_lambda"]))
-        weights = simplex_weights(rewards, temp, args.weighting, args.ell)
-        lambda_loss = temperature_loss(params["log_lambda"], weights, args.target_kl)
-    tokens = spread(jnp.tile(batch[0], (args.times_per_sample, 1)))
-    nats = denoising_loss(partial(model.apply, params["model"]), key, tokens).reshape(-1, *rewards.shape).mean(0)
-    loss = jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[1]
-    scalars = {"losses/weighted_loss": loss, "charts/temperature": jnp.exp(params["log_lambda"])}
-    scalars |= {"weights/min": weights.min(), "weights/mean": weights.mean(), "weights/max": weights.max()}
-    return loss + lambda_loss, scalars | {"weights/negative_share": jnp.mean(weights < 0)}
-
-
-LOSSES = {"oracle": oracle_loss, "pretraining": pretraining_loss, "finetuning": finetuning_loss}
-
-
-@partial(jax.jit, static_argnames=("stage", "model", "args"), donate_argnames="state")
-def train_step(state: dict, key: jax.Array, batch, stage: str, model: nn.Module, args: Args) -> tuple[dict, dict]:
-    """One update by the loss of a stage, and the scalars to log; state: "params" and "opt_state"."""
-    grads, scalars = jax.grad(LOSSES[stage], has_aux=True)(state["params"], key, batch, model, args)
-    updates, opt_state = make_optimizer(stage, args).update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    scalars["losses/parameter_norm"] = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(params)))
-    return {"params": params, "opt_state": opt_state}, scalars
-
-
-@partial(jax.jit, static_argnames=("model", "args"))
-def sample_model(params, key: jax.Array, model: Denoiser, args: Args) -> jax.Array:
-    """The samples of one update, tokens (G n, L), the same on every device."""
-    size, logits_of = args.num_groups * args.group_size, partial(model.apply, params)
-    x = sample_sequences(logits_of, key, size, args.sample_steps, args.sequence_length)
-    return jax.lax.with_sharding_constraint(x, on_all())
-
-
-# ============================================= LOOPS AND CHECKPOINTS =============================================
-signals = []  # SIGTERM and SIGINT so far: at the first the update ends and a checkpoint is written
-
-
-def run_stage(stage: str, params, total: int, folder: pathlib.Path, key, model, batch, args: Args, every: int = 10):
-    """The parameters after `total` updates of `train_step`, from the last checkpoint in `folder` on.
-
-    batch: what every update learns from, or a function of parameters and key that returns it and more scalars. Exits
-    with one line if a checkpoint is damaged or a scalar not finite, and with 128 + its number after a signal.
-    """
-    state = jax.device_put({"params": params, "opt_state": make_optimizer(stage, args).init(params)}, on_all())
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    saver = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-    if first := saver.latest_step() or 0:
-        try:
-            [array] = saver.restore(first, args=ocp.args.StandardRestore())
-            saved = jax.device_put(serialization.from_bytes(state, zlib.decompress(array)), on_all())
-            state = jax.tree.map(lambda old, new: new.reshape(old.shape), state, saved)  # fails for another network's
-        except Exception as error:  # the files may hold anything
-            reason = " ".join(str(error).split())[:150]
-            raise SystemExit(f"--resume: checkpoint {folder}/checkpoints/{first} is of no use: {reason}") from None
-    frequency, is_writer = args.checkpoint_frequency * every, jax.process_index() == 0
-    shown = {"oracle": "losses/squared_error", "pretraining": "losses/nats_per_sequence"}.get(stage, "charts/reward")
-    seldom = 0.1 if sys.stderr.isatty() else 20.0  # seconds between two states of the bar: a log file wants few
-    bar = tqdm(range(first + 1, total + 1), stage, total, initial=first, mininterval=seldom, disable=not is_writer)
-    log = EventsWriter(f"{folder}/events", f".{first}") if is_writer else None
-    if is_writer and first:  # what an interrupted run logged after its checkpoint comes again, and counts no more
-        log.write_event(Event(wall_time=time.time(), step=first + 1, session_log=SessionLog(status=SessionLog.START)))
-    for update in bar:
-        update_key = jax.random.fold_in(key, update)
-        data, more = batch(state["params"], update_key) if callable(batch) else (batch, {})
-        state, scalars = train_step(state, update_key, data, stage, model, args)
-        saving = frequency and (update % frequency == 0 or update == total or signals)
-        try:
-            if saving or update % every == 0 or update == total:
-                scalars = {name: float(value) for name, value in jax.device_get(more | scalars).items()}
-                if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
-                    last = f"last checkpoint in {folder}: {saver.latest_step() or 'none'}"
-                    raise SystemExit(f"{stage} diverged at update {update}: {', '.join(bad)} not finite; {last}")
-                bar.set_postfix_str(f"{shown.split('/')[1]} {scalars[shown]:.2f}", refresh=False)
-                for tag, value in scalars.items() if is_writer else ():
-                    log.write_event(Event(wall_time=time.time(), step=update, summary=summary.scalar(tag, value)))
-                    log.flush()
-            if saving:
-                array = np.frombuffer(zlib.compress(serialization.to_bytes(state), 0), np.uint8)  # with a checksum
-                saver.save(update, args=ocp.args.StandardSave([array]), force=True)
-        except (OSError, ValueError) as error:  # a full disk, for one; Orbax raises the latter
-            raise SystemExit(f"{stage} stopped at update {update}: {error}; earlier checkpoints are kept") from None
-        if signals:
-            raise SystemExit(128 + signals[0])
-    return state["params"]
-
-
-def from_cache(args: Args, name: str, inputs: tuple, code: tuple, make) -> Any:
-    """make(), a tree of arrays, or what it gave an earlier run with the same inputs and the same code."""
-    digest = hashlib.sha256("".join(map(inspect.getsource, code)).encode())
-    for value in inputs:
-        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    path = pathlib.Path(args.cache_path, f"{name}-{digest.hexdigest()[:16]}.msgpack")
-    try:
-        return serialization.msgpack_restore(path.read_bytes())
-    except (OSError, ValueError):  # not there, or damaged
-        made = jax.device_get(make())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (part := path.with_suffix(f".{os.getpid()}")).write_bytes(serialization.msgpack_serialize(made))
-    part.replace(path)  # whole or not at all
-    return made
-
-
-def train_oracle(data: Data, half: bool, folder: pathlib.Path, args: Args) -> dict:
-    """An oracle of one half of the data: its parameters, scale, and Spearman correlation on the other half."""
-    rows, key = data.half == half, jax.random.fold_in(jax.random.key(args.data_seed), int(half) + 1)
-    model, activity = Oracle(args.oracle_dim * (3 if half else 2) // 2), data.activity[rows]
-    mean, std = activity.mean(), activity.std() + np.float32(1e-6)
-    batch = jax.device_put((data.tokens[rows], (activity - mean) / std), on_all())
-    params = model.init(key, jnp.zeros((1, args.sequence_length, 4)))
-    params = run_stage("oracle", params, args.oracle_steps, folder / f"oracle_{int(half)}", key, model, batch, args, 50)
-    oracle = {"params": params, "mean": mean, "std": std}
-    predicted = in_batches(partial(predict, oracle), data.tokens[~rows])
-    return oracle | {"spearman": np.float32(stats.spearmanr(predicted, data.activity[~rows])[0])}
-
-
-# =================================================== EVALUATION ==================================================
 class Setup(NamedTuple):
     """What every method starts from."""
 
     data: Data
-    model: Denoiser
-    pretrained: dict  # its parameters
-    oracle: dict  # of the fine-tuning
-    judge: dict  # of the evaluation
-    reward: Any  # tokens (N, L) -> rewards (N,)
+    denoiser: Model  # the pretrained one
+    reward_oracle: Model
+    eval_oracle: Model
 
 
-@partial(jax.jit, static_argnames="model")
-def log_likelihood(params, key: jax.Array, tokens: jax.Array, model: Denoiser) -> jax.Array:
-    """Lower bound of log p(x) (B,) of tokens (B, L) in nats, from 8 times t each (uniform: -L log 4)."""
+def prepare(args: Args) -> Setup:
+    """Data, pretrained denoiser and oracles."""
+    if args.data_path:
+        data = read_data(args)
+    else:
+        data = generate_data(args.data_size, args.sequence_length, args.data_seed)
+    reward_oracle = train_oracle(data, False, args)
+    eval_oracle = train_oracle(data, True, args)
+    if args.denoiser_path:
+        return Setup(data, load_denoiser(args.denoiser_path), reward_oracle, eval_oracle)
+    return Setup(data, pretrain_denoiser(data, args), reward_oracle, eval_oracle)
+
+
+# ============================================ REWARD =============================================
+def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
+    """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
+
+    Put your own here: any Python that returns B finite numbers; no gradient is taken of it.
+    `decode(tokens)` gives the sequences as strings.
+    """
+    return predict(setup.reward_oracle, tokens)
+
+
+# ========================================== REWEIGHTING ==========================================
+# A weighting gives the samples of a group weights that rise with their rewards. The weights are
+# constants in the loss: no gradient flows through them. Two ways to normalize the rewards:
+#
+# zscore, the authors' code for DNA: z = (r - mean) / std inside the group, and
+#     linear  clip(z, 0, 3)         square  z^2 where z > 0        neg  clip(z, ell, 3)
+#     exp     softmax(r / exp_temperature), as RL-D2
+#     wd1     softmax(r) - softmax(-r) of the rewards as they are, as in the authors' code; the
+#             paper's Example 3.4 (and bandit.py) has z in the place of r
+#   ell is a floor on z, the lowest weight of a bad sequence: the loss pushes the model away from it.
+#   At ell = -0.3 the mean weight of normal rewards is 0.27, so the floor is 1.1 mean weights below 0.
+#
+# simplex, the paper's theory (Appendix E) and the RL scripts: weights that sum to one,
+#     exp(y), max(y, 0), max(y, 0)^2 or max(y, ell / n), with y = (r - nu) / lambda
+#   with nu such that they do. lambda is tuned to the KL budget target_kl (Appendix F). ell is a
+#   floor on n w, whose mean is 1: at ell = -0.3 it is 0.3 mean weights below 0. The functions are
+#   those of gempo_exp.py, gempo_square.py and gempo_neg.py, where their derivations stand; neg is
+#   linear at ell = 0.
+
+
+def compute_weights(rewards: jax.Array, temperature: jax.Array, args: Args) -> jax.Array:
+    """Weights (G, n) of rewards (G, n). Add your own weighting here."""
+    if args.normalizer == "simplex":
+        return simplex_weights(rewards, temperature, args)
+    if args.weighting == "exp":
+        return nn.softmax(rewards / args.exp_temperature)
+    if args.weighting == "wd1":
+        return nn.softmax(rewards) - nn.softmax(-rewards)
+    mean = rewards.mean(axis=-1, keepdims=True)
+    std = rewards.std(axis=-1, keepdims=True)
+    z = (rewards - mean) / (std + 1e-6)
+    if args.weighting == "square":
+        return jnp.maximum(z, 0.0) ** 2
+    floor = args.ell if args.weighting == "neg" else 0.0
+    return jnp.clip(z, floor, 3.0)
+
+
+def simplex_weights(rewards: jax.Array, temperature: jax.Array, args: Args) -> jax.Array:
+    """Weights (G, n) that sum to one over n."""
+    if args.weighting == "exp":
+        return reweight_exp(rewards, temperature)
+    if args.weighting == "square":
+        return reweight_square(rewards, temperature)
+    ell = args.ell if args.weighting == "neg" else 0.0
+    return reweight_neg(rewards, temperature, ell)
+
+
+def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """nu (..., 1) such that sum_i exp((q_i - nu) / temp) = 1, for q (..., N) and temp > 0."""
+    return temp * jax.nn.logsumexp(q / temp, axis=-1, keepdims=True)
+
+
+def reweight_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """Weights exp((q_i - nu) / temp) (example 3.1), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_exp(q, temp)
+    return jnp.exp((q - nu) / temp)
+
+
+def solve_normalizer_square(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """nu (..., 1) such that sum_i max((q_i - nu) / temp, 0)^2 = 1, for q (..., N) and temp > 0."""
+    z = jnp.sort(q, axis=-1, descending=True) / temp
+    ranks = jnp.arange(1, q.shape[-1] + 1)
+    means = jnp.cumsum(z, axis=-1) / ranks
+    # D_k grows by (z_k - z-bar_k)^2 k / (k - 1) (Welford); the paper's S_2 and S_1^2 would cancel.
+    growth = (z - means) ** 2 * ranks / jnp.maximum(ranks - 1, 1)
+    deviations = jnp.cumsum(growth, axis=-1)
+    excess = deviations + ranks * (means - z) ** 2
+    k = jnp.sum(excess <= 1, axis=-1, keepdims=True)
+    active_mean = jnp.take_along_axis(means, k - 1, axis=-1)
+    active_deviations = jnp.take_along_axis(deviations, k - 1, axis=-1)
+    return temp * (active_mean - jnp.sqrt((1 - active_deviations) / k))
+
+
+def reweight_square(q: jax.Array, temp: jax.Array) -> jax.Array:
+    """Weights max((q_i - nu) / temp, 0)^2 (section 4), which sum to one: (..., N), for q (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_square(q, temp)
+    return jnp.maximum((q - nu) / temp, 0.0) ** 2
+
+
+def solve_normalizer_neg(q: jax.Array, temp: jax.Array, ell: float) -> jax.Array:
+    """nu (..., 1) such that sum_i max((q_i - nu) / temp, ell / N) = 1, for q (..., N), ell <= 0."""
+    n = q.shape[-1]
+    floor = ell / n
+    x = jnp.sort(q, axis=-1, descending=True)
+    prefix_sums = jnp.cumsum(x, axis=-1)
+    excess = prefix_sums - jnp.arange(1, n + 1) * x
+    k = jnp.sum(excess <= temp * (1 - n * floor), axis=-1, keepdims=True)
+    active_sum = jnp.take_along_axis(prefix_sums, k - 1, axis=-1)
+    return (active_sum - temp * (1 - (n - k) * floor)) / k
+
+
+def reweight_neg(q: jax.Array, temp: jax.Array, ell: float) -> jax.Array:
+    """Weights max((q_i - nu) / temp, ell / N) (equation 11), which sum to one: (..., N)."""
+    q = q - q.max(axis=-1, keepdims=True)  # changes no weight; float32 is exact enough only near 0
+    nu = solve_normalizer_neg(q, temp, ell)
+    return jnp.maximum((q - nu) / temp, ell / q.shape[-1])
+
+
+def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
+    """lambda (kappa - KL(p, uniform)) (equation 23), and the KL.
+
+    p are the weights (B, N), cut off at 1e-6 and made to sum to one again: where some are negative,
+    the budget kappa bounds the positive part (released code). Only the gradient by log lambda counts,
+    in which p is a constant: weights sharper than the budget raise lambda, which flattens them.
+    """
+    p = jnp.maximum(weights, 1e-6)
+    p = p / p.sum(axis=-1, keepdims=True)
+    entropy = -jnp.sum(p * jnp.log(p), axis=-1)
+    kl = jnp.mean(math.log(weights.shape[-1]) - entropy)
+    return jnp.exp(log_lambda) * (target_kl - kl), kl
+
+
+# ========================================== FINE-TUNING ==========================================
+class State(NamedTuple):
+    """All that fine-tuning changes: a checkpoint is one of these, and the flags.
+
+    Resuming is exact because there is nothing else: random keys are made from the seed and the
+    number of the update, data and oracles from the flags.
+    """
+
+    update: int  # updates made
+    params: dict  # "denoiser", a Model, and "log_lambda", the logarithm of the temperature
+    opt_state: Any
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam, for the denoiser with a clipped gradient (the authors' clip)."""
+    clip = optax.clip_by_global_norm(10.0)
+    optimizers = {
+        "denoiser": optax.chain(clip, optax.adam(args.learning_rate)),
+        "log_lambda": optax.adam(0.03),
+    }
+    return optax.multi_transform(optimizers, {part: part for part in optimizers})
+
+
+def create_state(args: Args, denoiser: Model) -> State:
+    """The beginning of a fine-tuning: the pretrained denoiser and a temperature of 1."""
+    params = {"denoiser": denoiser, "log_lambda": jnp.zeros(())}
+    return State(0, params, make_optimizer(args).init(params))
+
+
+def finetuning_loss(params: dict, tokens, weights, key, args: Args) -> tuple[jax.Array, dict]:
+    """Reweighted denoising (equation 8) per letter of tokens (G, n, L) with weights (G, n)."""
+    repeated = jnp.broadcast_to(tokens, (args.times_per_sample, *tokens.shape))
+    nats = denoising_loss(params["denoiser"], repeated, key).mean(axis=0)  # (G, n)
+    loss = jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[-1]
+    lambda_loss, kl = temperature_loss(params["log_lambda"], weights, args.target_kl)
+    metrics = {"losses/weighted_loss": loss, "charts/kl": kl}
+    if args.normalizer == "zscore":
+        return loss, metrics
+    return loss + lambda_loss, metrics
+
+
+@partial(jax.jit, static_argnames="args")
+def learn(params: dict, opt_state, tokens: jax.Array, weights: jax.Array, key, args: Args):
+    """One gradient step on tokens (G, n, L) with weights (G, n).
+
+    Returns new parameters and state of the optimizer, and scalars to log.
+    """
+    grad = jax.grad(finetuning_loss, has_aux=True)
+    grads, metrics = grad(params, tokens, weights, key, args)
+    updates, opt_state = make_optimizer(args).update(grads, opt_state)
+    metrics["losses/gradient_norm"] = optax.tree.norm(grads["denoiser"])
+    metrics["charts/temperature"] = jnp.exp(params["log_lambda"])
+    metrics["weights/min"] = weights.min()
+    metrics["weights/mean"] = weights.mean()
+    metrics["weights/max"] = weights.max()
+    metrics["weights/negative_share"] = jnp.mean(weights < 0)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
+    """The denoiser after updates, each of which samples, rewards, weighs, steps and logs."""
+    groups = args.num_groups, args.group_size
+    sizes = math.prod(groups), args.sample_steps, args.sequence_length
+    finetune_key, _ = jax.random.split(jax.random.key(args.seed))  # `draw_samples` uses the other
+    bar = progress_bar("fine-tuning", state.update, args.num_updates)
+    for update in bar:
+        params = state.params
+        sample_key, loss_key = jax.random.split(jax.random.fold_in(finetune_key, update))
+
+        # 1. Sample groups of sequences from the current model: every update has its own.
+        tokens = sample_sequences(params["denoiser"], sample_key, *sizes)  # (G n, L)
+
+        # 2. Reward each sequence.
+        rewards = jnp.asarray(compute_reward(tokens, setup), jnp.float32)  # (G n,)
+
+        # 3. Weigh the sequences of a group against each other.
+        temperature = jnp.exp(params["log_lambda"])
+        weights = compute_weights(rewards.reshape(groups), temperature, args)  # (G, n)
+
+        # 4. Step: one gradient of the weighted denoising loss.
+        grouped = tokens.reshape(*groups, -1)  # (G, n, L)
+        params, opt_state, metrics = learn(
+            params, state.opt_state, grouped, weights, loss_key, args
+        )
+        state = State(update + 1, params, opt_state)
+
+        # 5. Log, and once in a while save.
+        metrics["charts/reward"] = jnp.median(rewards)
+        metrics["charts/predicted_activity"] = jnp.median(predict(setup.eval_oracle, tokens))
+        if not args.data_path:
+            metrics["charts/true_activity"] = jnp.median(true_activity(tokens))
+        run.log(state.update, metrics)
+        bar.set_postfix({"reward": f"{metrics['charts/reward']:.2f}"}, refresh=False)
+        is_last = state.update == args.num_updates
+        if args.checkpoint_frequency and (is_last or state.update % args.checkpoint_frequency == 0):
+            run.save(state)
+    return state.params["denoiser"]
+
+
+# ========================================== EVALUATION ===========================================
+def draw_samples(denoiser: Model, args: Args) -> np.ndarray:
+    """Tokens (eval_samples, L), in batches of the fine-tuning's size: it compiles nothing else."""
+    size = args.num_groups * args.group_size
+    _, eval_key = jax.random.split(jax.random.key(args.seed))
+    keys = jax.random.split(eval_key, math.ceil(args.eval_samples / size))
+    sizes = size, args.sample_steps, args.sequence_length
+    samples = [sample_sequences(denoiser, key, *sizes) for key in keys]
+    return np.concatenate(samples)[: args.eval_samples]
+
+
+@jax.jit
+def log_likelihood(denoiser: Model, key, tokens: jax.Array) -> jax.Array:
+    """A lower bound of log p(x) (B,) of tokens (B, L) in nats, of 8 times t each."""
     keys = jax.random.split(key, 8)
-    return -jax.lax.map(lambda key: denoising_loss(partial(model.apply, params), key, tokens), keys).mean(0)
+    return -jax.lax.map(partial(denoising_loss, denoiser, tokens), keys).mean(axis=0)
+
+
+def count_kmers(tokens: np.ndarray) -> np.ndarray:
+    """How often each of the 64 words of three letters stands in tokens (N, L)."""
+    words = tokens[:, :-2] * 16 + tokens[:, 1:-1] * 4 + tokens[:, 2:]
+    return np.bincount(words.ravel(), minlength=64)
+
+
+def count_motifs(tokens: np.ndarray) -> np.ndarray:
+    """How many whole sites each motif has in tokens (N, L): (M,)."""
+    is_site = in_batches(find_sites, tokens) == 1
+    return is_site.sum(axis=(0, 1))
+
+
+def correlate(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation; 0 if one of them is constant, where it is not defined."""
+    if x.std() == 0 or y.std() == 0:
+        return 0.0
+    return np.corrcoef(x, y)[0, 1]
 
 
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
-    """Section 5.3's metrics of tokens (N, L). Activities are medians; top: the 0.1% most active, or 1% of few data."""
-    data, (size, length) = setup.data, tokens.shape
+    """Metrics of samples, tokens (B, L); the paper's Table 3 is the first.
+
+    Correlations are with the most active 0.1% of the data (1% of fewer than 100,000 sequences).
+    """
+    data, length = setup.data, tokens.shape[1]
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
     top = data.tokens[data.activity >= np.quantile(data.activity, 1 - share)]
-    both, shares = (tokens, top), (tokens[..., None] == range(4)).mean(0)  # (L, 4)
-    count_sites = jax.jit(lambda x: (find_sites(x)[0] == 1).sum(1))  # (B, M)
-    kmers = [x[:, :-2] * 16 + x[:, 1:-1] * 4 + x[:, 2:] for x in both]
-    likelihood = partial(log_likelihood, setup.pretrained, jax.random.key(0), model=setup.model)
-
+    letter_shares = np.mean(tokens[..., None] == np.arange(4), axis=0)  # (L, 4)
+    no_self_pairs = len(tokens) / (len(tokens) - 1)  # a sequence is not compared with itself
+    likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
     metrics = {
-        "pred_activity": np.median(in_batches(partial(predict, setup.judge), tokens)),
-        "train_oracle_activity": np.median(setup.reward(tokens)),
-        "true_activity": np.median(in_batches(true_activity, tokens)),
-        "kmer_pearson": np.corrcoef(*(np.bincount(x.ravel(), minlength=64) for x in kmers))[0, 1],
-        "motif_correlation": np.corrcoef(*(in_batches(count_sites, x).sum(0) for x in both))[0, 1],
-        "log_likelihood": in_batches(likelihood, tokens, 128).mean(),
-        "unique_fraction": len(np.unique(tokens, axis=0)) / size,
-        "hamming_distance": (length - np.sum(shares**2)) * size / (size - 1),  # mean over all pairs
+        "predicted_activity": np.median(in_batches(partial(predict, setup.eval_oracle), tokens)),
+        "reward": np.median(in_batches(partial(compute_reward, setup=setup), tokens)),
+    }
+    if not args.data_path:
+        metrics["true_activity"] = np.median(in_batches(true_activity, tokens))
+    motif_ranks = [stats.rankdata(count_motifs(x)) for x in (tokens, top)]
+    metrics |= {
+        "kmer_pearson": correlate(count_kmers(tokens), count_kmers(top)),
+        "motif_spearman": correlate(*motif_ranks),
+        "log_likelihood_bound": np.median(in_batches(likelihood, tokens, size=128)),
+        "unique_fraction": len(np.unique(tokens, axis=0)) / len(tokens),
+        "hamming_distance": (length - np.sum(letter_shares**2)) * no_self_pairs,
         "gc": np.mean((tokens == 1) | (tokens == 2)),
     }
-    kept = (name for name in metrics if name != "true_activity" or not args.data_path)
-    return {name: float(np.nan_to_num(metrics[name])) for name in kept}  # without motifs, a correlation is not defined
+    return {name: float(value) for name, value in metrics.items()}
 
 
-# ===================================================== MAIN ======================================================
-def load_extras():
-    """The module of data files, rewards, DRAKES checkpoints and pictures, or None where this file lies alone."""
-    spec = importlib.util.find_spec("baselines") and importlib.util.find_spec("baselines.dna_extras")
-    return importlib.import_module("baselines.dna_extras") if spec else None
+def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
+    """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
+    columns = {"predicted_activity": in_batches(partial(predict, setup.eval_oracle), tokens)}
+    if not args.data_path:
+        columns["true_activity"] = in_batches(true_activity, tokens)
+    is_site = in_batches(find_sites, tokens) == 1
+    names = list(MOTIFS)
+    lines = []
+    for i, sequence in enumerate(decode(tokens)):
+        fields = [f"{name}={values[i]:.3f}" for name, values in columns.items()]
+        sites = []
+        for start, k in np.argwhere(is_site[i]):
+            sites.append(f"{names[k]}:{start}-{start + len(SITES[k])}")
+        fields.append(f"sites={','.join(sites)}")
+        lines += [f">{i} {' '.join(fields)}", sequence]
+    path.write_text("\n".join(lines) + "\n")
 
 
-def prepare(run: pathlib.Path, args: Args) -> Setup:
-    """Data, denoiser and oracles, those two from the cache if an earlier run has made them."""
-    reward, sizes = None, (args.data_seed, args.oracle_dim, args.oracle_steps)
-    if args.data_path or args.denoiser_checkpoint or args.reward:
-        if not (extras := load_extras()):
-            raise SystemExit("--data-path, --denoiser-checkpoint and --reward need baselines/dna_extras.py")
-        reward = extras.load_reward(args.reward) if args.reward else None
-    generated = (args.data_size, args.sequence_length, args.data_seed)
-    data, oracles = extras.read_data(args) if args.data_path else generate_data(*generated), []
-    for half in (False, True):
-        make = partial(train_oracle, data, half, run, args)
-        oracles.append(from_cache(args, "oracle", (*data, half, *sizes), (Oracle, oracle_loss, make_optimizer), make))
-    print("Spearman on the other half: " + ", ".join(f"{oracle['spearman']:.3f}" for oracle in oracles), flush=True)
-    if args.denoiser_checkpoint:
-        model, pretrained = extras.load_drakes(args)
-    else:
-        model = Denoiser(args.hidden_dim, args.num_layers)
-        sizes = (args.data_seed, args.pretrain_steps, args.pretrain_batch_size, args.pretrain_lr, args.pretrain_warmup)
-        key, tokens = jax.random.key(args.data_seed), jax.device_put(data.tokens, on_all())
-        params, folder, steps = model.init(key, tokens[:1]), run / "pretraining", args.pretrain_steps
-        make = partial(run_stage, "pretraining", params, steps, folder, key, model, tokens, args)
-        code = (Denoiser, denoising_loss, make_optimizer)
-        pretrained = from_cache(args, "denoiser", (data.tokens, model, *sizes), code, make)
-    pretrained, *oracles = jax.device_put((pretrained, *oracles), on_all())
-    return Setup(data, model, pretrained, *oracles, reward or partial(predict, oracles[0]))
+def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
+    """Write metrics and sequences of two samples, tokens (B, L), into a run's folder `path`.
 
-
-def draw(params, setup: Setup, args: Args) -> np.ndarray:
-    """Tokens (eval_samples, L) of a model, in the batches of the fine-tuning, so that no other size is compiled."""
-    keys = jax.random.split(jax.random.key(args.seed), -(-args.eval_samples // (args.num_groups * args.group_size)))
-    return np.concatenate([sample_model(params, key, setup.model, args) for key in keys])[: args.eval_samples]
-
-
-def finetune(setup: Setup, run: pathlib.Path, args: Args) -> dict:
-    """The denoiser's parameters after fine-tuning, on-policy: every update has fresh samples of the current model."""
-
-    def batch(params, key):
-        tokens = sample_model(params["model"], jax.random.fold_in(key, 2), setup.model, args)
-        values = {"reward": setup.reward(tokens), "pred_activity": predict(setup.judge, tokens)}
-        values |= {} if args.data_path else {"true_activity": true_activity(tokens)}
-        return (tokens, values["reward"]), {f"charts/{name}": jnp.median(value) for name, value in values.items()}
-
-    # A copy: train_step reuses the memory of what it is given.
-    params = jax.tree.map(jnp.copy, {"model": setup.pretrained, "log_lambda": jnp.zeros(())})
-    key = jax.random.fold_in(jax.random.key(args.seed), 1)
-    return run_stage("finetuning", params, args.num_updates, run, key, setup.model, batch, args, every=1)["model"]
-
-
-def report(run: pathlib.Path, before: np.ndarray, after: np.ndarray, setup: Setup, args: Args) -> dict:
-    """Both samples' metrics, as a table and metrics.json, samples.fasta and, if load_extras finds them, pictures."""
-    metrics = {"pretrained": compute_metrics(before, setup, args), "finetuned": compute_metrics(after, setup, args)}
+    Prints the metrics and returns them.
+    """
+    samples = {"pretrained": before, "finetuned": after}
+    metrics = {}
+    for name, tokens in samples.items():
+        metrics[name] = compute_metrics(tokens, setup, args)
+        write_samples(path / f"{name}.fasta", tokens, setup, args)
+    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{'':24}{'pretrained':>12}{'finetuned':>12}")
     for name, value in metrics["pretrained"].items():
         print(f"{name:24}{value:12.3f}{metrics['finetuned'][name]:12.3f}")
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    records = zip(itertools.count(), in_batches(partial(predict, setup.judge), after), LETTERS[after])
-    records = (f">{i} pred_activity={y:.3f}\n{letters.tobytes().decode()}\n" for i, y, letters in records)
-    (run / "samples.fasta").write_text("".join(records))
-    if extras := load_extras():
-        extras.draw_pictures(run, before, after, setup, args)
+    try:
+        from benchmark import plot_dna  # in the repository, beside this file
+    except ImportError as error:
+        print(f"no pictures: {one_line(error)}")
     else:
-        print("no pictures: they need baselines/dna_extras.py")
+        plot_dna.draw(path)
     return metrics
 
 
-def open_run(args: Args, name: str, script: str) -> tuple[pathlib.Path, Args]:
-    """A new run's folder, with args.json, or that of --resume and the flags it was started with."""
-    if not args.resume:
-        run = pathlib.Path("runs", f"{name}__{check_args(args).exp_name}__{args.seed}__{int(time.time())}")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "args.json").write_text(json.dumps({"script": script} | asdict(args), indent=2) + "\n")
-        return run, args
-    try:
-        saved = json.loads((pathlib.Path(args.resume) / "args.json").read_text())
-        if saved.pop("script") != script or args != replace(type(args)(), resume=args.resume):
-            raise ValueError(f"it must be a run of {script}.py, and keeps its own flags: give no other")
-        return pathlib.Path(args.resume), check_args(type(args)(**saved))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SystemExit(f"--resume {args.resume}: {' '.join(str(error).split())}") from None
-
-
+# ============================================= MAIN ==============================================
 def main(args: Args) -> dict:
-    """Fine-tune, write everything to runs/{run} and return the metrics."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax is talkative
-    if args.distributed:
-        jax.distributed.initialize()
-    run, args = open_run(args, args.weighting, "dna_finetune")
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if signals else signals.append(number))
+    """Fine-tune, write everything to runs/{run}, and return the metrics."""
+    check_args(args)
+    checkpoint = None
+    if args.resume:
+        args, checkpoint = load_checkpoint(args.resume)
+    with RunFolder(args, args.weighting, checkpoint) as run:
+        setup = prepare(args)
+        before = draw_samples(setup.denoiser, args)
+        state = create_state(args, setup.denoiser)
+        if checkpoint:
+            state = jax.tree.unflatten(jax.tree.structure(state), checkpoint["leaves"])
+        denoiser = finetune(args, setup, state, run)
+        after = draw_samples(denoiser, args)
+        save_params(run.path / "denoiser.model", denoiser)
+        return report(run.path, before, after, setup, args)
+
+
+# ========================================== RUN FOLDER ===========================================
+# Nothing below is needed to understand the method: log, checkpoints, files, errors.
+
+
+class RunFolder:
+    """The folder of a run, with its flags, TensorBoard log and checkpoints.
+
+    One process writes a folder at a time. A `with` block ends in one line if the disk is full.
+    """
+
+    def __init__(self, args: Args, method: str, checkpoint: dict | None = None):
+        self.args = args
+        self.saved_update = checkpoint["update"] if checkpoint else None
+        name = f"{method}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.path = pathlib.Path(args.resume or f"runs/{name}")
+        flags = {"script": type(args).exp_name} | asdict(args)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            (self.path / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
+            self.writer = EventFileWriter(str(self.path))
+        except OSError as error:
+            what = "cannot be written, or another process is writing it"
+            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
+        if checkpoint:
+            # TensorBoard drops what earlier files say of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            step = self.saved_update + 1
+            self.writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+        device = jax.devices()[0].device_kind
+        print(f"{method} on {device}: tensorboard --logdir {self.path}", flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        try:
+            self.writer.close()
+        except OSError as close_error:
+            error = error or close_error
+        self.lock.close()
+        if isinstance(error, OSError):
+            self.stop(error)
+
+    def log(self, update: int, scalars: dict[str, jax.Array]) -> None:
+        """Write an update's scalars to TensorBoard; exits with one line if one is not finite."""
+        scalars = {tag: float(value) for tag, value in scalars.items()}
+        for tag, value in scalars.items():
+            if not math.isfinite(value):
+                self.stop(f"non-finite {tag} in update {update}")
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        summary = Summary(value=values)
+        self.writer.add_event(Event(wall_time=time.time(), step=update, summary=summary))
+        self.writer.flush()  # the log is never behind a checkpoint; a full disk shows here
+
+    def stop(self, reason) -> None:
+        """Exit with one line that gives the reason and the last checkpoint."""
+        saved = "none" if self.saved_update is None else f"update {self.saved_update}"
+        line = f"{self.path} stopped: {one_line(reason)}; last checkpoint: {saved}"
+        raise SystemExit(line) from None
+
+    def save(self, state: State) -> None:
+        """Write checkpoints/{update}; the one before it is kept, older ones are removed."""
+        content = {"script": Args.exp_name, "args": asdict(self.args), "update": state.update}
+        content["leaves"] = jax.device_get(jax.tree.leaves(state))
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        write_file(folder / str(state.update), content)
+        for old_update in checkpoint_steps(folder)[:-2]:
+            (folder / str(old_update)).unlink()
+        self.saved_update = state.update
+
+
+def progress_bar(name: str, first: int, total: int) -> tqdm:
+    """range(first, total), shown as a bar; where there is no terminal, only every 30 seconds."""
+    seconds = 0.1 if sys.stdout.isatty() else 30.0
+    steps = range(first, total)
+    return tqdm(steps, name, total, initial=first, mininterval=seconds, file=sys.stdout)
+
+
+def load_checkpoint(resume: str) -> tuple[Args, dict]:
+    """Flags and content of the newest checkpoint of a run; exits with one line if it has none."""
+    folder = pathlib.Path(resume, "checkpoints")
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise SystemExit(f"--resume {resume}: there is no checkpoint in {folder}")
+    content = load_content(folder / str(steps[-1]))
+    return replace(Args(**content["args"]), resume=resume), content
+
+
+def checkpoint_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in ascending order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def fit_or_load(args: Args, name: str, model: Model, loss: Callable, data, settings, seed) -> Model:
+    """`fit`, or what it gave an earlier run with the same arguments and the same code."""
+    digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
+    for leaf in jax.tree.leaves((model, data)):
+        digest.update(np.asarray(leaf).tobytes())
+    for code in (type(model.network), loss, denoising_loss, fit):
+        digest.update(inspect.getsource(code).encode())
+    file_name = f"{name.replace(' ', '-')}-{digest.hexdigest()[:16]}"
+    path = pathlib.Path(args.cache_path, file_name)
+    if path.exists():
+        return model.replace(params=load_params(path))
+    model = fit(name, model, loss, data, settings, seed)
+    save_params(path, model)
+    return model
+
+
+def load_denoiser(path: str) -> Model:
+    """The denoiser of a file by `save_params`; exits with one line if it cannot be used.
+
+    The file is unpickled: load only what you trust.
+    """
+    params = load_params(pathlib.Path(path))
+    layers = params["params"]
+    if "conv_in" not in layers:
+        raise SystemExit(f"{path} cannot be used: it holds no denoiser")
+    num_layers = sum(name.startswith("norm_") for name in layers)
+    return Model(params, Denoiser(len(layers["conv_in"]["bias"]), num_layers))
+
+
+def load_params(path: pathlib.Path) -> dict:
+    """The parameters of a file by `save_params`; exits with one line if it cannot be used."""
+    content = load_content(path)
+    if "params" not in content:
+        raise SystemExit(f"{path} cannot be used: it is a checkpoint of a run")
+    return jax.device_put(content["params"])
+
+
+def save_params(path: pathlib.Path, model: Model) -> None:
+    """Write a model's parameters; exits with one line if it cannot be done."""
+    own_path = path.with_name(f"{path.name}-{os.getpid()}")  # two runs may write the same file
     try:
-        lock = open(run / f"lock{jax.process_index()}", "w")  # noqa: SIM115 (it is freed at the end)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(own_path, {"script": Args.exp_name, "params": jax.device_get(model.params)})
+        os.replace(own_path, path)
     except OSError as error:
-        raise SystemExit(f"{run} cannot be written, or another process is writing it: {error}") from None
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}: tensorboard --logdir {run}", flush=True)
-    start, setup = time.perf_counter(), prepare(run, args)
-    before, ready = draw(setup.pretrained, setup, args), time.perf_counter()
-    after = draw(finetune(setup, run, args), setup, args)
-    print(f"{ready - start:.0f} s to prepare, {time.perf_counter() - ready:.0f} s to fine-tune", flush=True)
-    return report(run, before, after, setup, args) if jax.process_index() == 0 else {}
+        raise SystemExit(f"{path} cannot be written: {one_line(error)}") from None
+
+
+def load_content(path: pathlib.Path) -> dict:
+    """What `write_file` wrote; exits with one line if it is damaged or another script's."""
+    try:
+        with gzip.open(path) as file:
+            content = pickle.loads(file.read())  # read to the end, where the checksum stands
+        if content["script"] != Args.exp_name:
+            raise ValueError(f"it was written by {content['script']}.py")
+    except Exception as error:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
+    return content
+
+
+def write_file(path: pathlib.Path, content: dict) -> None:
+    """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+            pickle.dump(content, gzip_file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_folder(folder: pathlib.Path):
+    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def one_line(error) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+def parse_args(args_class: type = Args) -> Args:
+    """The flags of the command line, on top of those of --preset."""
+    preset = tyro.cli(args_class).preset
+    return tyro.cli(args_class, default=args_class(preset=preset, **PRESETS[preset]))
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    main(args if args.preset == "small" else tyro.cli(Args, default=Args(**PAPER)))
+    main(parse_args())

@@ -1,11 +1,11 @@
-"""The table of benchmark/DNA.md: metrics of runs of dna_finetune.py and baselines/dna_guidance.py, beside the paper's.
+"""The table of benchmark/DNA.md: metrics of DNA runs, beside the paper's Table 3.
 
-    python benchmark/dna_table.py runs/*__dna_*                                  # from the folders of runs
+    python benchmark/dna_table.py runs/*__dna_*                                  # folders of runs
     python benchmark/dna_table.py runs/*__dna_* --to-csv benchmark/results/dna/metrics.csv
     python benchmark/dna_table.py benchmark/results/dna/metrics.csv
 
-Folders without metrics.json (unfinished runs) are left out and named. A number is the mean over seeds ± its standard
-error; the runs of a weighting must have equal flags but for the seed.
+Folders without metrics.json (unfinished runs) are left out and named. A number is the mean over
+seeds ± its standard error; the runs of a weighting must have equal flags but for the seed.
 """
 
 import csv
@@ -17,77 +17,115 @@ from dataclasses import dataclass
 
 import tyro
 
-COLUMNS = ("pred_activity", "train_oracle_activity", "true_activity", "kmer_pearson", "motif_correlation",
-           "log_likelihood", "unique_fraction", "hamming_distance", "gc")  # fmt: skip
-# Table 3 of the paper (arXiv 2603.10250): median predicted activity. Ours of exp is its RL-D2.
-PAPER = {"pretrained": 0.17, "cg": 3.3, "wd1": 3.78, "tds": 4.64, "drakes": 6.44, "exp": 6.52, "linear": 6.54,
-         "square": 6.77, "neg(-0.05)": 6.75, "neg(-0.1)": 6.95, "neg(-0.3)": 7.45, "neg(-0.5)": 5.62}  # fmt: skip
-OWN = ("script", "weighting", "method", "ell", "seed", "exp_name", "cache_path", "resume", "checkpoint_frequency")
+COLUMNS = ("predicted_activity", "reward", "true_activity", "kmer_pearson", "motif_spearman")
+COLUMNS += ("log_likelihood_bound", "unique_fraction", "hamming_distance", "gc")
+# Table 3 of the paper (arXiv 2603.10250): median predicted activity. Our exp is its RL-D2.
+PAPER = {
+    "pretrained": 0.17,
+    "cg": 3.3,
+    "wd1": 3.78,
+    "tds": 4.64,
+    "drakes": 6.44,
+    "exp": 6.52,
+    "linear": 6.54,
+    "square": 6.77,
+    "neg(-0.05)": 6.75,
+    "neg(-0.1)": 6.95,
+    "neg(-0.3)": 7.45,
+    "neg(-0.5)": 5.62,
+}
+# Flags that may differ between the runs of a weighting.
+OWN = ("script", "weighting", "method", "ell", "seed", "exp_name", "cache_path", "resume")
+OWN += ("checkpoint_frequency",)
 
 
 @dataclass(frozen=True)
 class Args:
-    paths: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders of runs, or CSV files made of them
+    paths: tyro.conf.Positional[tuple[pathlib.Path, ...]]  # folders of runs, or CSV files of them
     to_csv: pathlib.Path | None = None  # write the runs' metrics to this file, too
 
 
 def read_run(folder: pathlib.Path) -> list[dict]:
-    """The rows of a run: the samples before and after, each {"name", "seed", "flags", metric: value}."""
+    """A row each for the samples before and after: {"name", "seed", "flags", metric: value}."""
     args = json.loads((folder / "args.json").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
     name = args.get("method", args["weighting"])
-    name += f"({args['ell']:g})" if name == "neg" else ""
-    flags = " ".join(f"{flag}={value}" for flag, value in args.items() if flag not in OWN)
-    rows = (("pretrained", "", metrics["pretrained"]), (name, flags, metrics["finetuned"]))
-    return [{"name": name, "seed": args["seed"], "flags": flags} | values for name, flags, values in rows]
+    if name == "neg":
+        name = f"neg({args['ell']:g})"
+    flags = [f"{flag}={value}" for flag, value in args.items() if flag not in OWN]
+    before = {"name": "pretrained", "seed": args["seed"], "flags": ""} | metrics["pretrained"]
+    after = {"name": name, "seed": args["seed"], "flags": " ".join(flags)} | metrics["finetuned"]
+    return [before, after]
+
+
+def read_path(path: pathlib.Path) -> list[dict]:
+    """The rows of a run's folder or a CSV file, with numbers as numbers."""
+    if path.is_dir() and not (path / "metrics.json").exists():
+        print(f"left out, unfinished: {path}")
+        return []
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    else:
+        rows = read_run(path)
+    for row in rows:
+        row["seed"] = int(row["seed"])
+        for column in COLUMNS:
+            if row.get(column, "") != "":
+                row[column] = float(row[column])
+    return rows
 
 
 def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
-    """The rows of all runs and CSV files, one of each name and seed; exits with one line where two disagree."""
+    """The rows of all paths, one of each name and seed; exits with one line where two disagree."""
     rows = {}
     for path in paths:
         try:
-            if path.is_dir() and not (path / "metrics.json").exists():
-                print(f"left out, unfinished: {path}")
-                continue
-            found = csv.DictReader(path.read_text().splitlines()) if path.suffix == ".csv" else read_run(path)
-            for row in found:
-                row |= {column: float(row[column]) for column in COLUMNS if row.get(column, "") != ""}
-                row["seed"] = int(row["seed"])
+            for row in read_path(path):
                 other = rows.setdefault((row["name"], row["seed"]), row)
                 if other != row:
-                    raise ValueError(f"another run of {row['name']}, seed {row['seed']}, has other flags or metrics")
+                    run = f"{row['name']}, seed {row['seed']},"
+                    raise ValueError(f"another run of {run} has other flags or metrics")
         except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
     if not rows:
-        raise SystemExit("no finished run is among the paths: give folders with metrics.json, or a CSV file")
+        what = "no finished run is among the paths"
+        raise SystemExit(f"{what}: give folders with metrics.json, or a CSV file")
     return list(rows.values())
 
 
+def format_cell(values: list[float]) -> str:
+    """Mean ± standard error."""
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
 def make_table(rows: list[dict]) -> str:
-    """A Markdown table of the rows, in the paper's order, then the others'."""
-    names = sorted(
-        {row["name"] for row in rows}, key=lambda name: (list(PAPER).index(name) if name in PAPER else 99, name)
-    )
+    """A Markdown table of the rows, in the paper's order, then the others."""
+    order = list(PAPER)
+    names = {row["name"] for row in rows}
+    known = [name for name in order if name in names]
     columns = [column for column in COLUMNS if all(column in row for row in rows)]
-    lines = ["| | seeds | " + " | ".join(columns) + " | paper's Table 3 |", "| --- " * (len(columns) + 3) + "|"]
-    for name in names:
-        mine = [row for row in rows if row["name"] == name]
-        cells = []
-        for column in columns:
-            values = [row[column] for row in mine]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cells.append(f"{statistics.mean(values):.2f}" + (f" ± {error:.2f}" if len(values) > 1 else ""))
-        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + f" | {PAPER.get(name, '')} |")
+    header = ["", "seeds", *columns, "paper's Table 3"]
+    lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "| --- " * len(header) + "|"]
+    for name in known + sorted(names - set(order)):
+        own_rows = [row for row in rows if row["name"] == name]
+        cells = [format_cell([row[column] for row in own_rows]) for column in columns]
+        cells = [name, str(len(own_rows)), *cells, str(PAPER.get(name, ""))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(args: Args) -> None:
+    """Print the table, and write the CSV file if asked to."""
     rows = read_rows(args.paths)
     print(make_table(rows))
     if args.to_csv:
+        columns = ["name", "seed", *COLUMNS, "flags"]
         with open(args.to_csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["name", "seed", *COLUMNS, "flags"], restval="", lineterminator="\n")
+            options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+            writer = csv.DictWriter(file, columns, **options)
             writer.writeheader()
             writer.writerows(rows)
 

@@ -1,4 +1,4 @@
-"""Set up JAX before anything imports it: exact matrix products, and a compilation cache kept between runs."""
+"""Set up JAX before anything imports it: exact products, and a compilation cache on the disk."""
 
 import os
 import pathlib
@@ -9,17 +9,19 @@ import pytest
 from hypothesis import settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie in the repository's root, wherever pytest is started
+sys.path.insert(0, str(ROOT))  # where the scripts lie, wherever pytest is started
 
 # By the environment, so that the subprocesses of test_scripts.py have it too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a GPU's default is TF32, 3 decimal digits
+# A GPU's default is TF32: 3 decimal digits.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-# Derandomized: a failure is the same for everyone. No deadline: the first example of a shape compiles.
-settings.register_profile("gempo", derandomize=True, deadline=None, max_examples=60, database=None)
+# Derandomized: a failure is the same for everyone. No deadline: a shape's first example compiles.
+profile = dict(derandomize=True, deadline=None, max_examples=60, database=None)
+settings.register_profile("gempo", **profile)
 settings.load_profile("gempo")
 
 

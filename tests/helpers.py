@@ -1,11 +1,14 @@
 """What the tests share: the four scripts, and their networks and weights in plain NumPy float64."""
 
 import math
-from functools import cache
+from functools import cache, partial
+from operator import itemgetter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gempo_exp
 import gempo_linear
@@ -16,21 +19,58 @@ SCRIPTS = {"exp": gempo_exp, "linear": gempo_linear, "square": gempo_square, "ne
 
 
 @cache
-def create_agent(name, obs_dim=3, action_dim=2, **flags):
-    """A new agent of small networks. Not jitted: on two cores XLA deadlocked in several QR decompositions at once."""
+def cached_agent(name, obs_dim, action_dim, flags):
     script = SCRIPTS[name]
-    args = script.Args(**{"hidden_dim": 32} | flags)
+    args = script.Args(**{"hidden_dim": 32} | dict(flags))
     return script.create_agent(args, obs_dim, action_dim, jax.random.key(0))
 
 
+def create_agent(name, obs_dim=3, action_dim=2, **flags):
+    """A new agent of small networks, in arrays of its own (training donates them)."""
+    agent = cached_agent(name, obs_dim, action_dim, tuple(flags.items()))
+    return jax.tree.map(jnp.copy, agent)
+
+
+def perturbed_agent(name, **flags):
+    """An agent that has learned nothing but has all parts differ: biases, and both slow copies."""
+    agent = create_agent(name, **flags)
+    networks = {}
+    for seed, part in enumerate(("actor", "critic")):
+        networks[part] = perturb(agent.params[part], seed)
+    params = networks | {"log_lambda": np.float32(-0.5)}
+    slow_params = perturb(networks, seed=5)
+    return agent.replace(params=as_jax(params), slow_params=as_jax(slow_params))
+
+
+def make_batch(size=8, obs_dim=3, action_dim=2):
+    """Random transitions, every third of which ends an episode."""
+    rng = np.random.default_rng(0)
+    batch = gempo_neg.Transition(
+        obs=rng.normal(size=(size, obs_dim)),
+        next_obs=rng.normal(size=(size, obs_dim)),
+        actions=rng.uniform(-1, 1, (size, action_dim)),
+        rewards=rng.normal(size=size),
+        terminations=np.arange(size) % 3 == 0,
+    )
+    return jax.tree.map(np.float32, batch)
+
+
+def as_jax(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
 def float64(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    return jax.tree.map(partial(np.asarray, dtype=np.float64), tree)
 
 
 def perturb(params, seed=0):
     """`params` plus noise, so that the biases, which start at zero, take part."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=np.shape(x)).astype(np.float32), params)
+
+    def add_noise(x):
+        return x + 0.1 * rng.normal(size=np.shape(x)).astype(np.float32)
+
+    return jax.tree.map(add_noise, params)
 
 
 def mish(x):
@@ -41,37 +81,39 @@ def dense(layer, x):
     return x @ layer["kernel"] + layer["bias"]
 
 
+def concatenate(parts):
+    """Arrays (..., n_i) side by side, their leading axes broadcast."""
+    leading = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    whole = [np.broadcast_to(part, (*leading, part.shape[-1])) for part in parts]
+    return np.concatenate(whole, axis=-1)
+
+
 def actor(params, x, t, obs):
-    """The denoiser on the concatenated [x, f(t), g(s)] (..., d + 64 + 128), leading axes broadcast."""
+    """The denoiser on [x, f(t), g(s)] (..., d + 64 + 128), the leading axes broadcast."""
     p = float64(params)["params"]
-    x, t, obs = (np.asarray(v, np.float64) for v in (x, t, obs))
+    x, t, obs = float64((x, t, obs))
     angles = 2 * np.pi * t * p["frequencies"]
-    f = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+    fourier = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
     def features(layers, v):
         return mish(dense(layers["layers_2"], mish(dense(layers["layers_0"], v))))
 
-    v = [x, features(p["embed_features"], f), features(p["embed_obs"], obs)]
-    leading = np.broadcast_shapes(*(part.shape[:-1] for part in v))
-    inputs = np.concatenate([np.broadcast_to(part, (*leading, part.shape[-1])) for part in v], axis=-1)
-    kernels = p["embed_x"], p["embed_features"]["layers_4"], p["embed_obs"]["layers_4"]
-    h = mish(inputs @ np.concatenate([part["kernel"] for part in kernels]) + p["embed_features"]["layers_4"]["bias"])
-    for name in ("layers_1", "layers_3"):
-        h = mish(dense(p["layers"][name], h))
-    return dense(p["layers"]["layers_5"], h)
+    f, g = features(p["time_features"], fourier), features(p["obs_features"], obs)
+    h = mish(concatenate([x, f, g]) @ p["first_kernel"] + p["first_bias"])
+    h = mish(dense(p["hidden_1"], h))
+    h = mish(dense(p["hidden_2"], h))
+    return dense(p["output"], h)
 
 
 def critics(params, obs, actions):
     """Both Q(s, a) (2, ...) on the concatenated [s, a]."""
-    p = float64(params)["params"]
-    leading = np.broadcast_shapes(obs.shape[:-1], actions.shape[:-1])
-    inputs = np.concatenate([np.broadcast_to(v, (*leading, v.shape[-1])) for v in (obs, actions)], axis=-1)
+    inputs = concatenate([obs, actions])
     q_values = []
     for j in range(2):
-        of_obs, of_actions, hidden, output = (jax.tree.map(lambda v, j=j: v[j], p[f"Dense_{i}"]) for i in range(4))
-        kernel = np.concatenate([of_obs["kernel"], of_actions["kernel"]])
-        h = np.maximum(inputs @ kernel + of_obs["bias"], 0)
-        q_values.append(dense(output, np.maximum(dense(hidden, h), 0))[..., 0])
+        p = jax.tree.map(itemgetter(j), float64(params)["params"])
+        h = np.maximum(inputs @ p["first_kernel"] + p["first_bias"], 0)
+        h = np.maximum(dense(p["Dense_0"], h), 0)
+        q_values.append(dense(p["Dense_1"], h)[..., 0])
     return np.stack(q_values)
 
 
@@ -83,7 +125,10 @@ def schedule(t):
 
 
 def root_finder_weights(name, q, temp, ell=0.0):
-    """The weights (N,) and nu by Brent's method on sum_i w_i(nu) = 1, in units of temp and shifted by max(q)."""
+    """The weights (N,) and nu by Brent's method on sum_i w_i(nu) = 1.
+
+    In units of temp, and shifted by max(q).
+    """
     q = np.asarray(q, np.float64)
     z, n = (q - q.max()) / temp, len(q)
     weights_at = {
@@ -92,13 +137,43 @@ def root_finder_weights(name, q, temp, ell=0.0):
         "square": lambda m: np.maximum(z - m, 0) ** 2,
         "neg": lambda m: np.maximum(z - m, ell / n),
     }[name]
-    low, high = (0, math.log(n)) if name == "exp" else (ell - 1, 0)  # the sum is at least 1 at `low`, at most at `high`
+    # The sum is at least 1 at `low` and at most 1 at `high`.
+    low, high = (0, math.log(n)) if name == "exp" else (ell - 1, 0)
     m = brentq(lambda m: weights_at(m).sum() - 1, low - 1e-9, high + 1e-9, xtol=1e-14)
     return weights_at(m), q.max() + temp * m
 
 
 def kl_to_uniform(weights):
-    """KL of the weights (..., N), clipped to at least 1e-6 and renormalized, to the uniform distribution."""
+    """KL (...) of the weights (..., N), clipped to at least 1e-6 and renormalized, to 1 / N."""
     p = np.maximum(np.asarray(weights, np.float64), 1e-6)
     p /= p.sum(axis=-1, keepdims=True)
     return np.log(p.shape[-1]) + (p * np.log(p)).sum(axis=-1)
+
+
+# ------------------------------------------ runs ------------------------------------------
+def command_line(flags):
+    """Flags as a user would type them: --env-id InvertedPendulum-v5, --save-model."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def only_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def read_events(run):
+    """What TensorBoard reads of a run."""
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def read_scalars(run):
+    """{tag: [(step, value)]}."""
+    events, scalars = read_events(run), {}
+    for tag in events.Tags()["scalars"]:
+        scalars[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return scalars

@@ -1,73 +1,177 @@
-"""Environments small enough that their values are known; importing this registers them with gymnasium."""
+"""Environments small enough that their values are known; importing this registers them."""
 
 import itertools
 
 import gymnasium as gym
 import numpy as np
 
+BOX_1 = gym.spaces.Box(-1, 1, (1,), np.float32)
+UNBOUNDED_1 = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
 
 class Probe(gym.Env):
-    """Episodes of `horizon` steps; the observation is `observe(step, sign)`, where `sign` is -1 or 1 for an episode."""
+    """Episodes of `horizon` steps; what they show and pay is up to the subclass.
 
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    render_mode, counter = None, itertools.count()
+    `sign` is -1 or 1 for an episode; `number` says which of the environments made so far this is.
+    The constructor takes no render_mode, as an environment of one's own may not.
+    """
 
-    def __init__(self, horizon, reward, observe, truncates=False, render_mode=None):
-        self.horizon, self.reward, self.observe, self.truncates = horizon, reward, observe, truncates
-        self.number = next(self.counter)  # which of the environments made so far this is
+    action_space = BOX_1
+    observation_space = UNBOUNDED_1
+    horizon = 1
+    truncates = False  # whether the end is a truncation
+    counter = itertools.count()
+
+    def __init__(self):
+        self.number = next(self.counter)
+
+    def show(self):
+        return 0.0
+
+    def pay(self, action):
+        return 1.0
 
     def observation(self):
-        return np.array([self.observe(self.steps, self.sign)], np.float32)
+        return np.array([self.show()], np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps, self.sign = 0, self.np_random.choice([-1, 1])
+        self.steps = 0
+        self.sign = self.np_random.choice([-1, 1])
         return self.observation(), {}
 
     def step(self, action):
-        reward = float(self.reward(self, action[0]))
+        reward = float(self.pay(action[0]))
         self.steps += 1
         ends = self.steps == self.horizon
-        return self.observation(), reward, ends and not self.truncates, ends and self.truncates, {}
+        terminated, truncated = ends and not self.truncates, ends and self.truncates
+        return self.observation(), reward, terminated, truncated, {}
 
 
-PROBES = {
-    "ConstantReward": dict(horizon=1, reward=lambda env, action: 1, observe=lambda step, sign: 0),
-    "ObservedReward": dict(horizon=1, reward=lambda env, action: env.sign, observe=lambda step, sign: sign),
-    "DelayedReward": dict(horizon=2, reward=lambda env, action: env.steps, observe=lambda step, sign: step),
-    "ActionReward": dict(horizon=1, reward=lambda env, action: -((action - 0.5) ** 2), observe=lambda step, sign: 0),
-    "ObservedAction": dict(
-        horizon=1, reward=lambda env, action: -((action - 0.5 * env.sign) ** 2), observe=lambda step, sign: sign
-    ),
-    "Truncated": dict(horizon=2, reward=lambda env, action: 1, observe=lambda step, sign: 0, truncates=True),
-    "Counting": dict(horizon=4, reward=lambda env, action: env.number, observe=lambda step, sign: step),
-    "CountingTruncated": dict(
-        horizon=4, reward=lambda env, action: env.number, observe=lambda step, sign: step, truncates=True
-    ),
-}
-for probe_name, probe in PROBES.items():
-    gym.register(f"{probe_name}-v0", Probe, kwargs=probe, disable_env_checker=True)
+class ConstantReward(Probe):
+    pass
 
 
-class OwnCharts(Probe):
-    """Logs its number at the end of an episode."""
+class ObservedReward(Probe):
+    def show(self):
+        return self.sign
+
+    def pay(self, action):
+        return self.sign
+
+
+class DelayedReward(Probe):
+    horizon = 2
+
+    def show(self):
+        return self.steps
+
+    def pay(self, action):
+        return self.steps
+
+
+class ObservedAction(Probe):
+    def show(self):
+        return self.sign
+
+    def pay(self, action):
+        return -((action - 0.5 * self.sign) ** 2)
+
+
+class Truncated(Probe):
+    horizon, truncates = 2, True
+
+
+class Counting(Probe):
+    """Shows the steps of its episode and pays its number."""
+
+    horizon = 4
+
+    def show(self):
+        return self.steps
+
+    def pay(self, action):
+        return self.number
+
+
+class CountingTruncated(Counting):
+    truncates = True
+
+
+class Staggered(Counting):
+    """Neighbours have horizons of 2, 3 and 4 steps, so that episodes end together and alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.horizon = 2 + self.number % 3
+
+
+class StaggeredTruncated(Staggered):
+    truncates = True
+
+
+class OwnCharts(Counting):
+    """Logs its number at the end of an episode, if that is odd."""
 
     def step(self, action):
-        *rest, terminated, truncated, info = super().step(action)
-        return *rest, terminated, truncated, info | ({"charts": {"number": self.number}} if terminated else {})
+        obs, reward, terminated, truncated, info = super().step(action)
+        if terminated and self.number % 2:
+            info["charts"] = {"number": self.number}
+        return obs, reward, terminated, truncated, info
 
 
-gym.register("OwnCharts-v0", OwnCharts, kwargs=PROBES["Counting"], disable_env_checker=True)
+class Endless(Probe):
+    horizon = None
 
 
 class DictObservations(Probe):
-    observation_space = gym.spaces.Dict(position=Probe.observation_space)
+    observation_space = gym.spaces.Dict(position=gym.spaces.Box(-9, 9, (2,)), velocity=BOX_1)
+
+    def observation(self):
+        return {"velocity": np.float32([0.5]), "position": np.float32([1, 2])}
+
+
+class TupleObservations(Probe):
+    observation_space = gym.spaces.Tuple([gym.spaces.Box(-9, 9, (2,)), BOX_1])
+
+    def observation(self):
+        return np.float32([1, 2]), np.float32([0.5])
+
+
+class MatrixObservations(Probe):
+    observation_space = gym.spaces.Box(-9, 9, (2, 3))
+
+    def observation(self):
+        return np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+class SequenceObservations(Probe):
+    observation_space = gym.spaces.Sequence(BOX_1)
+
+    def observation(self):
+        return (np.zeros(1, np.float32),)
 
 
 class UnboundedActions(Probe):
-    action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = UNBOUNDED_1
 
 
-for env_class in (DictObservations, UnboundedActions):
-    gym.register(f"{env_class.__name__}-v0", env_class, kwargs=PROBES["ConstantReward"], disable_env_checker=True)
+class MatrixActions(Probe):
+    action_space = gym.spaces.Box(-1, 1, (2, 3))
+
+
+class DictActions(Probe):
+    action_space = gym.spaces.Dict(torque=BOX_1)
+
+
+class FailsAtOnce(Probe):
+    def __init__(self):
+        raise RuntimeError("no licence\nfor this simulator")
+
+
+PROBES = [ConstantReward, ObservedReward, DelayedReward, ObservedAction, Truncated, Counting]
+PROBES += [CountingTruncated, Staggered, StaggeredTruncated, OwnCharts, Endless, DictObservations]
+PROBES += [TupleObservations, MatrixObservations, SequenceObservations, UnboundedActions]
+PROBES += [MatrixActions, DictActions, FailsAtOnce]
+for probe in PROBES:
+    gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

@@ -1,35 +1,57 @@
-"""Sweeps that lose workers, processes and themselves; curves and tables against numbers computed by hand."""
+"""Sweeps that lose workers, processes, their node and themselves; tables against numbers by hand.
 
+Also: an agent that is watched plays as in its evaluation, and FLOPs are those of the compiled code.
+"""
+
+import contextlib
 import csv
+import fcntl
+import gzip
 import json
+import math
 import os
 import pathlib
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from tensorboardX import SummaryWriter
+from jax.extend.core import jaxprs_in_params
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from benchmark import dna_table, plot, sweep
+import gempo_linear
+from benchmark import dna_table, plot, sweep, throughput, watch
 
-# A script with the interface of the siblings and no JAX: it counts, and has accidents that its environment's id names.
+# A script with the interface of the siblings and without JAX: it counts, and has accidents that its
+# environment's id names.
 FAKE = """
 import argparse, os, pathlib, signal, sys, time
 from dataclasses import dataclass
 
 @dataclass
-class Args:
+class Hyperparameters:
+    pause: float = 0.02{own}
+
+@dataclass
+class Args(Hyperparameters):
     env_id: str = ""
     seed: int = 1
     steps: int = 12
-    pause: float = 0.02
     save_model: bool = False
-    resume: str | None = None{own}
+    resume: str | None = None
 
 parser = argparse.ArgumentParser()
 for name in Args.__dataclass_fields__:
@@ -52,10 +74,10 @@ while step < int(steps):
     with open("trace", "a") as trace:
         trace.write(f"{os.getpid()} {step}\\n")
     time.sleep(float(pause))
-    while env_id == "Waits" and step == 5 and not stopped:
+    while env_id == "Waits" and step == 5 and not given.resume and not stopped:
         time.sleep(0.05)
     if step % 4 == 0 or stopped:
-        (run / "checkpoints" / str(step)).mkdir(exist_ok=True)
+        (run / "checkpoints" / str(step)).write_text("")
     if stopped:
         sys.exit(143)
     if step == 6 and not given.resume:
@@ -82,15 +104,9 @@ def fakes(tmp_path_factory):
 
 
 def start_sweep(output, scripts, env_ids, *words, seeds=(1,), flags=()):
-    command = [
-        sys.executable,
-        str(ROOT / "benchmark" / "sweep.py"),
-        "--output-path",
-        str(output),
-        "--scripts",
-        *scripts,
-    ]
-    command += ["--env-ids", *env_ids, "--seeds", *map(str, seeds), "--num-cpus", "2", *words, "--", *flags]
+    command = [sys.executable, str(ROOT / "benchmark" / "sweep.py")]
+    command += ["--output-path", str(output), "--scripts", *scripts, "--env-ids", *env_ids]
+    command += ["--seeds", *map(str, seeds), "--num-cpus", "2", *words, "--", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -102,10 +118,15 @@ def run_sweep(*args, **kwargs):
 
 def traces(output):
     """{folder: [(process, step)]} of all steps that the fakes made."""
-    paths = output.glob("*/trace")
-    return {
-        path.parent.name: [tuple(map(int, line.split())) for line in path.read_text().splitlines()] for path in paths
-    }
+    found = {}
+    for path in output.glob("*/trace"):
+        lines = path.read_text().splitlines()
+        found[path.parent.name] = [tuple(map(int, line.split())) for line in lines]
+    return found
+
+
+def steps_of(trace):
+    return [step for _, step in trace]
 
 
 def one(states, start):
@@ -114,27 +135,37 @@ def one(states, start):
     return value
 
 
-# --------------------------------------------------- a real sweep ---------------------------------------------------
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ------------------------------------------ a real sweep ------------------------------------------
 @pytest.fixture(scope="module")
 def accidents(fakes, tmp_path_factory):
-    """A sweep of two scripts, five environments and two seeds with a local Ray: folder, exit code, output."""
+    """Two scripts, five environments and two seeds with a local Ray: folder, exit code, output."""
     pytest.importorskip("ray")
     output = tmp_path_factory.mktemp("sweep")
     env_ids = ("Good", "WorkerKilled", "Killed", "Preempted", "Diverges")
-    return output, *run_sweep(output, fakes, env_ids, seeds=(1, 2), flags=("--ell", "-0.1", "--save-model"))
+    flags = ("--ell", "-0.1", "--save-model")
+    code, text = run_sweep(output, fakes, env_ids, seeds=(1, 2), flags=flags)
+    return output, code, text
 
 
 def test_a_sweep_runs_every_row_of_its_table_with_its_flags(accidents):
     output, code, text = accidents
     index = sweep.read_index(output / "index.jsonl")
     assert len(index) == 2 * 5 * 2 == len(traces(output)), text
-    assert {entry["flags"] for entry in index.values() if entry["script"] == "fake_a"} == {"--save-model"}
-    assert {entry["flags"] for entry in index.values() if entry["script"] == "fake_b"} == {"--ell -0.1 --save-model"}
     for folder, entry in index.items():
+        own = "--ell -0.1 " if entry["script"] == "fake_b" else ""
+        assert entry["flags"] == f"{own}--save-model"
         log = (output / folder / "log.txt").read_text()
         assert f"--env-id {entry['env_id']} --seed {entry['seed']} {entry['flags']}" in log
         assert entry["state"] == ("failed" if entry["env_id"] == "Diverges" else "finished")
-        assert entry["device"].endswith(f", {os.cpu_count()} cores") and entry["commit"] != "unknown"
+        assert entry["device"].endswith(f", {os.cpu_count()} cores")
+        assert entry["commit"] != "unknown"
         assert [(output / run).is_dir() for run in entry["runs"]] == [True]
     assert "--ell goes to fake_b alone" in text
     assert "16 finished, 0 running, 0 waiting, 4 failed" in text
@@ -143,80 +174,107 @@ def test_a_sweep_runs_every_row_of_its_table_with_its_flags(accidents):
 @pytest.mark.parametrize("env_id", ["WorkerKilled", "Killed", "Preempted"])
 def test_a_lost_run_goes_on_from_its_checkpoint_in_one_process_at_a_time(accidents, env_id):
     output, _, text = accidents
-    # Checkpoints are at 4 and 8. Told to stop after step 6, a script ends its next step and writes one there.
+    # Checkpoints are at 4 and 8. Told to stop after step 6, a script ends its next step and writes
+    # one there.
     end, begin = {"WorkerKilled": (6, 5), "Killed": (6, 5), "Preempted": (7, 8)}[env_id]
-    ours = {folder: steps for folder, steps in traces(output).items() if f"__{env_id}__" in folder}
+    ours = [trace for folder, trace in traces(output).items() if f"__{env_id}__" in folder]
     assert len(ours) == 4
-    for steps in ours.values():
-        first, second = steps[0][0], steps[-1][0]
-        # Not a step more of the first process, although only its parent was killed.
-        assert steps == [(first, n) for n in range(1, end + 1)] + [(second, n) for n in range(begin, 13)], text
+    for trace in ours:
+        first, second = trace[0][0], trace[-1][0]
         assert first != second
+        # Not a step more of the first process, although only its parent was killed.
+        expected = [(first, step) for step in range(1, end + 1)]
+        expected += [(second, step) for step in range(begin, 13)]
+        assert trace == expected, text
 
 
 def test_a_diverged_run_fails_once_and_its_last_lines_are_shown(accidents):
     output, code, text = accidents
     assert code == 1
-    for folder, steps in traces(output).items():
+    for folder, trace in traces(output).items():
         if "Diverges" in folder:
-            assert [step for _, step in steps] == [1, 2, 3, 4, 5, 6]
+            assert steps_of(trace) == [1, 2, 3, 4, 5, 6]
     assert text.count("    stopped at step 6: non-finite actions\n") == 4
 
 
-def test_the_device_is_what_the_script_names_else_the_machine(tmp_path):
-    log = tmp_path / "log.txt"
-    assert sweep.describe_device(log) == "unknown"
-    log.write_text(f"# {sweep.describe_machine()}\n$ python a.py\nHopper-v5 on cpu: tensorboard --logdir runs/a\n")
-    assert sweep.describe_device(log) == sweep.describe_machine()
-    log.write_text(log.read_text().replace("on cpu", "on NVIDIA H100 80GB HBM3"))
-    assert sweep.describe_device(log) == "NVIDIA H100 80GB HBM3"
-
-
 def test_a_good_run_runs_once(accidents):
-    good = [steps for folder, steps in traces(accidents[0]).items() if "__Good__" in folder]
+    good = [trace for folder, trace in traces(accidents[0]).items() if "__Good__" in folder]
     assert len(good) == 4
-    for steps in good:
-        assert steps == [(steps[0][0], n) for n in range(1, 13)]
+    for trace in good:
+        process = trace[0][0]
+        assert trace == [(process, step) for step in range(1, 13)]
 
 
 def test_the_same_sweep_again_runs_nothing_and_retries_failures_only_when_asked(accidents, fakes):
     output, _, _ = accidents
-    before, flags = traces(output), ("--save-model", "--ell=-0.1")  # another order and form of the same flags
+    before = traces(output)
+    flags = ("--save-model", "--ell=-0.1")  # another order and form of the same flags
     code, text = run_sweep(output, fakes, ("Good", "Diverges"), seeds=(1, 2), flags=flags)
     assert code == 1 and "4 finished, 0 running, 0 waiting, 4 failed" in text
     assert traces(output) == before
-    code, text = run_sweep(output, fakes[:1], ("Good", "Diverges"), "--retry-failed", flags=("--save-model",))
+    again = (output, fakes[:1], ("Good", "Diverges"), "--retry-failed")
+    code, text = run_sweep(*again, flags=("--save-model",))
     assert code == 1, text
     after = traces(output)
     changed = [folder for folder in before if before[folder] != after[folder]]
     assert len(changed) == 1 and changed[0].startswith("fake_a__Diverges__1__")
-    assert [step for _, step in one(after, "fake_a__Diverges__1__")] == [1, 2, 3, 4, 5, 6, 5, 6]  # resumed at 4
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    trace = one(after, "fake_a__Diverges__1__")
+    assert steps_of(trace) == [1, 2, 3, 4, 5, 6, 5, 6]  # resumed at 4
 
 
 def test_a_stopped_sweep_writes_checkpoints_and_goes_on_later(fakes, tmp_path):
     pytest.importorskip("ray")
     args = (tmp_path, fakes[:1], ("Waits", "Good"), "--cpus-per-run", "2")  # one at a time
     process = start_sweep(*args)
-    wait_for(lambda: [len(steps) for steps in traces(tmp_path).values()] == [5])
+    wait_for(lambda: [len(trace) for trace in traces(tmp_path).values()] == [5])
     process.send_signal(signal.SIGTERM)
     text = process.communicate()[0]
     assert process.returncode == 130, text
-    ((folder, steps),) = traces(tmp_path).items()  # the other run did not begin
-    assert [step for _, step in steps] == [1, 2, 3, 4, 5]
-    assert sorted(path.name for path in tmp_path.glob("*/runs/*/checkpoints/*")) == ["4", "5"]
+    ((folder, trace),) = traces(tmp_path).items()  # the other run did not begin
+    assert steps_of(trace) == [1, 2, 3, 4, 5]
+    checkpoints = tmp_path.glob("*/runs/*/checkpoints/*")
+    assert sorted(path.name for path in checkpoints) == ["4", "5"]
     assert sweep.read_index(tmp_path / "index.jsonl")[folder]["state"] == "stopped"
     code, text = run_sweep(*args)
     assert code == 0, text
     assert len(traces(tmp_path)) == 2
-    for steps in traces(tmp_path).values():
-        assert [step for _, step in steps] == list(range(1, 13))
+    for trace in traces(tmp_path).values():
+        assert steps_of(trace) == list(range(1, 13))
+
+
+def child(parent, name):
+    """The only child of a process that is called `name`."""
+    children = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    names = {int(pid): pathlib.Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+    (pid,) = (pid for pid, process in names.items() if process == name)
+    return pid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_sweep_whose_ray_node_is_killed_ends_in_one_line_and_goes_on_later(
+    fakes, tmp_path, victim
+):
+    pytest.importorskip("ray")
+    args = (tmp_path, fakes[:1], ("Waits", "Good"), "--cpus-per-run", "2")  # one at a time
+    process = start_sweep(*args)
+    wait_for(lambda: [len(trace) for trace in traces(tmp_path).values()] == [5])
+    ((folder, trace),) = traces(tmp_path).items()
+    os.kill(child(process.pid, victim), signal.SIGKILL)
+    text = process.communicate()[0]
+    assert process.returncode == 1, text
+    died = "the Ray node of this machine died, 0 finished, 0 running, 2 waiting, 0 failed"
+    assert text.splitlines()[-1] == f"{died}: the same command goes on"
+    assert text.count("lost") == 1 and "Traceback" not in text
+    assert sweep.read_index(tmp_path / "index.jsonl")[folder]["state"] == "lost"
+    wait_for(lambda: not os.path.exists(f"/proc/{trace[0][0]}"))
+    code, text = run_sweep(*args)
+    assert code == 0, text
+    for trace in traces(tmp_path).values():
+        # The run of the killed node from its checkpoint, which is at 4.
+        assert steps_of(trace) in ([1, 2, 3, 4, 5, *range(5, 13)], list(range(1, 13)))
+    states = [entry["state"] for entry in sweep.read_index(tmp_path / "index.jsonl").values()]
+    assert states == ["finished", "finished"]
 
 
 @pytest.mark.slow
@@ -226,48 +284,61 @@ def test_a_killed_sweep_leaves_no_process_behind(fakes, tmp_path):
     wait_for(lambda: len(traces(tmp_path)) == 2)
     process.kill()
     process.wait()
-    pids = {steps[0][0] for steps in traces(tmp_path).values()}
+    pids = {trace[0][0] for trace in traces(tmp_path).values()}
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 
 
 def processes_in(folder):
     """Processes whose working directory is `folder`."""
-    links = ((path.parent.name, path) for path in pathlib.Path("/proc").glob("[0-9]*/cwd"))
-    return [int(pid) for pid, path in links if os.access(path, os.R_OK) and path.resolve() == folder]
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if path.resolve() == folder:
+                found.append(int(path.parent.name))
+    return found
 
 
 def parent(pid):
-    return int(re.search(r"^PPid:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1])
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])
+
+
+TINY = dict(hidden_dim=16, num_particles=2, diffusion_steps=2, batch_size=8, buffer_size=1000)
+TINY |= dict(env_id="InvertedPendulum-v5", learning_starts=60, eval_best_of=2)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_of_a_real_script_changes_nothing_but_the_time(tmp_path):
-    """gempo_neg.py, its Ray worker killed after a checkpoint, logs the evaluations of an undisturbed run."""
+    """gempo_neg.py, its worker killed after a checkpoint, evaluates as an undisturbed run does."""
     pytest.importorskip("ray")
-    flags = ["--total-timesteps=600", "--learning-starts=60", "--hidden-dim=16", "--num-particles=2", "--batch-size=8"]
-    flags += ["--diffusion-steps=2", "--buffer-size=1000", "--eval-frequency=100", "--eval-episodes=1"]
-    flags += ["--checkpoint-frequency=100"]
+    args = TINY | dict(total_timesteps=600, eval_frequency=100, eval_episodes=1)
+    args |= dict(checkpoint_frequency=100)
+    env_id = args.pop("env_id")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in args.items()]
     rows = {}
     for name in ("killed", "undisturbed"):
         output = tmp_path / name
-        process = start_sweep(output, ("gempo_neg",), ("InvertedPendulum-v5",), flags=flags)
+        process = start_sweep(output, ("gempo_neg",), (env_id,), flags=flags)
         if name == "killed":
-            wait_for(lambda output=output: list(output.glob("*/runs/*/checkpoints/[1-9]00")), 120)
+            checkpoints = partial(output.glob, "*/runs/*/checkpoints/[1-9]00")
+            wait_for(lambda found=checkpoints: list(found()))
             (log,) = output.glob("*/log.txt")
             (worker,) = {parent(pid) for pid in processes_in(log.parent)}
             os.kill(worker, signal.SIGKILL)
         text = process.communicate()[0]
         assert process.returncode == 0, text
-        rows[name] = [row._replace(flags="") for row in plot.read_folder(output, plot.Args(paths=()))]
+        found = plot.read_folder(output, plot.Args(paths=()))
+        rows[name] = [row._replace(flags="") for row in found]
     assert "--resume" in log.read_text()
     assert [row.step for row in rows["killed"]] == list(range(100, 601, 100))
     assert rows["killed"] == rows["undisturbed"]
 
 
-# --------------------------------------------------- the sweep's table ----------------------------------------------
+# ---------------------------------------- the sweep's table ---------------------------------------
 def test_a_flag_with_several_values_is_an_axis_for_the_scripts_that_have_it(fakes):
     args = sweep.Args(scripts=tuple(fakes), env_ids=("E",), seeds=(3,))
-    runs = sweep.list_runs(args, ["--ell", "0", "-0.1", "--steps", "5", "6", "--no-save-model"])
+    words = ["--ell", "0", "-0.1", "--steps", "5", "6", "--no-save-model"]
+    runs = sweep.list_runs(args, words)
     assert [(run.name, sweep.join(run.flags)) for run in runs] == [
         ("fake_a", "--no-save-model --steps 5"),
         ("fake_a", "--no-save-model --steps 6"),
@@ -279,80 +350,130 @@ def test_a_flag_with_several_values_is_an_axis_for_the_scripts_that_have_it(fake
     assert len({run.folder for run in runs}) == 6
 
 
-def test_the_siblings_flags_are_read_without_importing_them():
-    defaults = {name: sweep.read_defaults(ROOT / f"{name}.py") for name in ("gempo_neg", "gempo_linear")}
-    assert defaults["gempo_neg"]["ell"] == -0.1 and defaults["gempo_neg"]["total_timesteps"] == 1_000_000
-    assert defaults["gempo_neg"]["target_kl"] is None and "ell" not in defaults["gempo_linear"]
-    runs = sweep.list_runs(sweep.Args(env_ids=("Hopper-v5",), seeds=(1,)), ["--ell", "-0.1", "-0.2"])
-    assert [run.name for run in runs] == ["gempo_exp", "gempo_linear", "gempo_square", "gempo_neg", "gempo_neg"]
+def test_flags_are_read_from_a_script_and_its_base_classes_without_importing_it():
+    linear = sweep.read_defaults(ROOT / "gempo_linear.py")
+    neg = sweep.read_defaults(ROOT / "gempo_neg.py")
+    assert "ell" not in linear and neg["ell"] == -0.1
+    assert neg["total_timesteps"] == 1_000_000 and neg["batch_size"] == 256
+    assert neg["target_kl"] is None
+    expected = {field: getattr(gempo_linear.Args(), field) for field in linear}
+    assert linear == expected and "env_id" in linear
+
+
+def test_scripts_are_found_by_name_with_folder_or_path(monkeypatch, tmp_path):
+    neg, td3 = ROOT / "gempo_neg.py", ROOT / "baselines" / "td3.py"
+    monkeypatch.chdir(tmp_path)
+    for name in ("gempo_neg", "gempo_neg.py", str(neg)):
+        assert sweep.find_script(name) == neg
+    for name in ("baselines/td3", "td3", str(td3)):
+        assert sweep.find_script(name) == td3
+    (tmp_path / "mine.py").write_text("")
+    assert sweep.find_script("mine") == tmp_path / "mine.py"
+    assert sweep.find_script("gempo_nag") is None
+    scripts = ("gempo_linear", "baselines/td3", "gempo_neg")
+    args = sweep.Args(scripts=scripts, env_ids=("Hopper-v5",), seeds=(1,))
+    words = ["--ell", "-0.1", "-0.2", "--num-particles", "8"]
+    found = [(run.name, sweep.join(run.flags)) for run in sweep.list_runs(args, words)]
+    assert found == [
+        ("gempo_linear", "--num-particles 8"),
+        ("td3", ""),
+        ("gempo_neg", "--ell -0.1 --num-particles 8"),
+        ("gempo_neg", "--ell -0.2 --num-particles 8"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("flags", "words", "message"),
     [
-        (dict(scripts=("gempo_nag",)), [], "--scripts must be script files or of .*gempo_neg.*, got gempo_nag"),
+        (dict(scripts=("gempo_nag",)), [], "--scripts must be .*gempo_neg.*, got gempo_nag"),
+        (dict(scripts=("bandit",)), [], "--scripts must be .*, got bandit"),  # no environment
+        (dict(scripts=("td3", "other/td3.py")), [], "--scripts must have different names, got td3"),
         (dict(scripts=()), [], "--scripts must be one or more names"),
+        (dict(scripts=("broken.py",)), [], ".*broken.py cannot be read: "),
         (dict(seeds=(1, -1)), [], "--seeds must be .*at least 0, got .*-1"),
         (dict(cpus_per_run=0.0), [], "--cpus-per-run must be a finite number above 0, got 0"),
-        (dict(gpus_per_run=1.5), [], "--gpus-per-run must be from 0 to 1, or a whole number, got 1.5"),
-        (dict(max_restarts=-1), [], "--max-restarts must be a whole number, at least 0, got -1"),
+        (dict(gpus_per_run=1.5), [], "--gpus-per-run must be from 0 to 1, or .*, got 1.5"),
         (dict(num_cpus=1, cpus_per_run=2.0), [], "--num-cpus must be .*--cpus-per-run, got 1"),
-        (dict(num_cpus=1, address="auto"), [], "--num-cpus and --num-gpus must not be given with --address"),
+        (dict(num_cpus=1, address="auto"), [], "--num-cpus must be left out with --address"),
         ({}, ["--gama", "0.9"], "--gama must be a flag of one of the scripts"),
         ({}, ["0.9"], "-- must be followed by flags of the scripts .*, got 0.9"),
         ({}, ["--seed", "1"], "--seed must not be given after --"),
         ({}, ["--gamma", "0.9", "--gamma", "0.8"], "--gamma must be given once"),
     ],
 )  # fmt: skip
-def test_bad_input_of_a_sweep_ends_in_one_line_and_writes_nothing(tmp_path, flags, words, message):
+def test_bad_input_of_a_sweep_ends_in_one_line_and_writes_nothing(
+    monkeypatch, tmp_path, flags, words, message
+):
+    (tmp_path / "broken.py").write_text("class Args\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "td3.py").write_text("class Args:\n    env_id: str\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         sweep.main(sweep.Args(output_path=tmp_path / "new", **flags), words)
     assert re.match(message, stop.value.code) and "\n" not in stop.value.code
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 def test_two_sweeps_cannot_share_a_folder(tmp_path):
-    import fcntl
-
+    message = "--output-path must be a folder .* that no other sweep is using"
     with open(tmp_path / "index.jsonl", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="--output-path must be a folder .* that no other sweep is using"):
+        with pytest.raises(SystemExit, match=message):
             sweep.main(sweep.Args(output_path=tmp_path), [])
 
 
 def test_a_run_gets_its_share_of_threads_and_of_the_gpus_memory(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     env = sweep.training_env(cpus=2.0, gpus=0.25)
-    assert (env["PJRT_NPROC"], env["OMP_NUM_THREADS"], env["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("2", "2", "0.225")
+    assert (env["PJRT_NPROC"], env["OMP_NUM_THREADS"]) == ("2", "2")
+    assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.225"
     assert "JAX_PLATFORMS" not in env
     env = sweep.training_env(cpus=0.5, gpus=0)
     assert (env["PJRT_NPROC"], env["JAX_PLATFORMS"]) == ("1", "cpu")
 
 
+def test_the_device_is_what_the_script_names_else_the_machine(tmp_path):
+    log = tmp_path / "log.txt"
+    assert sweep.describe_device(log) == "unknown"
+    machine = sweep.describe_machine()
+    begin = f"# {machine}\n$ python a.py\nHopper-v5 on cpu: tensorboard --logdir runs/a\n"
+    log.write_text(begin)
+    assert sweep.describe_device(log) == machine
+    log.write_text(begin.replace("on cpu", "on NVIDIA H100 80GB HBM3"))
+    assert sweep.describe_device(log) == "NVIDIA H100 80GB HBM3"
+
+
 def test_an_index_cut_off_by_a_crash_is_read(tmp_path):
-    (tmp_path / "index.jsonl").write_text('{"folder": "a", "state": "running"}\n{"folder": "a", "sta')
-    assert sweep.read_index(tmp_path / "index.jsonl") == {"a": {"folder": "a", "state": "running"}}
+    index = tmp_path / "index.jsonl"
+    index.write_text('{"folder": "a", "state": "running"}\n{"folder": "a", "sta')
+    assert sweep.read_index(index) == {"a": {"folder": "a", "state": "running"}}
 
 
-# ------------------------------------------------------- plots ------------------------------------------------------
+# ---------------------------------------------- plots ---------------------------------------------
 def evaluations(script="gempo_neg", env_id="Hopper-v5", flags="", **seeds):
     """Rows of the series s1=[...], s2=[...], evaluated every 10 steps."""
-    return [
-        plot.Evaluation(script, env_id, int(seed[1:]), 10 * (i + 1), float(value), "CPU, 2 cores", "abc", flags)
-        for seed, series in seeds.items()
-        for i, value in enumerate(series)
-    ]
+    rows = []
+    for name, series in seeds.items():
+        seed = int(name.removeprefix("s"))
+        for i, value in enumerate(series):
+            what = (script, env_id, seed, 10 * (i + 1), float(value))
+            rows.append(plot.Evaluation(*what, "CPU, 2 cores", "abc", flags))
+    return rows
 
 
 def test_interquartile_mean_by_hand():
-    assert plot.interquartile_mean(np.array([100.0, 1, 2, 3, -50])) == 2  # of five values the middle three
+    # Of five values the middle three.
+    assert plot.interquartile_mean(np.array([100.0, 1, 2, 3, -50])) == 2
     assert plot.interquartile_mean(np.array([1.0, 2, 30, 5])) == 3.5
-    np.testing.assert_array_equal(plot.interquartile_mean(np.array([[1.0, 2], [3, 5]])), [1.5, 4])
-    assert plot.stratified_iqm(np.array([0.0, 0, 0, 9]), np.array([1.0, 1, 1, 1])) == 0.75  # of 0 0 [0 1 1 1] 1 9
+    rows = np.array([[1.0, 2], [3, 5]])
+    np.testing.assert_array_equal(plot.interquartile_mean(rows), [1.5, 4])
+    # Of 0 0 [0 1 1 1] 1 9.
+    strata = np.array([0.0, 0, 0, 9]), np.array([1.0, 1, 1, 1])
+    assert plot.stratified_iqm(*strata) == 0.75
 
 
 def test_bootstrap_resamples_within_strata_only():
-    """Two tasks with equal seeds each leave nothing to chance; drawn from one pot, their shares would vary."""
+    """Two tasks with equal seeds leave nothing to chance; from one pot their shares would vary."""
     low, high = plot.bootstrap_interval([np.zeros(4), np.full(4, 10.0)], 0.95, 200)
     assert low == high == 5
 
@@ -360,11 +481,16 @@ def test_bootstrap_resamples_within_strata_only():
 def test_bootstrap_interval_agrees_with_plain_resampling():
     rng = np.random.default_rng(1)
     strata = [rng.normal(size=5), 3 + rng.normal(size=7)]
-    draws = [np.concatenate([rng.choice(x, len(x)) for x in strata]) for _ in range(20_000)]
-    expected = np.quantile([np.sort(x)[3:9].mean() for x in draws], [0.05, 0.95])
-    np.testing.assert_allclose(plot.bootstrap_interval(strata, 0.9, 20_000), expected, atol=0.03)
-    both = plot.bootstrap_interval([np.stack([strata[0], strata[0] + 1])], 0.9, 20_000)
-    np.testing.assert_allclose(both[0][1] - both[0][0], 1, atol=0.03)  # one interval a row
+    draws = []
+    for _ in range(20_000):
+        draw = np.concatenate([rng.choice(x, len(x)) for x in strata])
+        draws.append(np.sort(draw)[3:9].mean())
+    expected = np.quantile(draws, [0.05, 0.95])
+    interval = plot.bootstrap_interval(strata, 0.9, 20_000)
+    np.testing.assert_allclose(interval, expected, atol=0.03)
+    # One interval a row.
+    low, _ = plot.bootstrap_interval([np.stack([strata[0], strata[0] + 1])], 0.9, 20_000)
+    np.testing.assert_allclose(low[1] - low[0], 1, atol=0.03)
 
 
 def test_one_seed_has_no_interval():
@@ -372,16 +498,21 @@ def test_one_seed_has_no_interval():
 
 
 def cells(table):
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    """The head and {first cell: other cells} of a table in Markdown."""
+    lines = table.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return rows[0], {row[0]: row[1:] for row in rows[2:]}
 
 
 def test_the_table_is_the_mean_of_the_last_ten_and_its_standard_error():
-    rows = evaluations(s1=[9999, 9999, *range(100, 110)], s2=[-9999, *range(200, 210)])  # 104.5 and 204.5
+    first = [9999, 9999, *range(100, 110)]  # the last ten have a mean of 104.5
+    second = [-9999, *range(200, 210)]  # 204.5
+    rows = evaluations(s1=first, s2=second)
     rows += evaluations("gempo_exp", s1=[200, 400])
     head, body = cells(plot.paper_table(plot.group(rows), 10))
     assert head == ["", "Hopper-v5 (20 to 120 steps, last 2)", "% of the paper's SAC (1 task)"]
-    assert body["gempo_neg"] == ["154 ± 50 (2)", f"{100 * 154.5 / 2509:.1f}"]  # error: 70.71 / sqrt(2)
+    # The error is 70.71 / sqrt(2).
+    assert body["gempo_neg"] == ["154 ± 50 (2)", f"{100 * 154.5 / 2509:.1f}"]
     assert body["gempo_exp"] == ["300 (1)", f"{100 * 300 / 2509:.1f}"]
 
 
@@ -393,71 +524,103 @@ def test_normalization_gives_the_papers_averages():
             rows += evaluations(name, env_id, s1=[mean], s2=[mean])
     head, body = cells(plot.paper_table(plot.group(rows), 10, with_paper=True))
     assert [re.match(r"\S+", cell)[0] for cell in head[1:-1]] == list(plot.TASKS)
-    printed = {"GeMPO-Exp": "116.7", "GeMPO-Square": "117.0", "GeMPO-Linear": "113.2", "SAC": "100.0", "TD3": "107.4"}
-    assert {name: body[name][-1] for name in list(printed)[:3]} == dict(list(printed.items())[:3])
-    assert {name: body[f"paper, 1M steps: {name}"][-1] for name in printed} == printed
+    printed = {"GeMPO-Exp": "116.7", "GeMPO-Square": "117.0", "GeMPO-Linear": "113.2"}
+    for name, average in printed.items():
+        assert body[name][-1] == average
+    printed |= {"SAC": "100.0", "TD3": "107.4"}
+    for name, average in printed.items():
+        assert body[f"paper, 1M steps: {name}"][-1] == average
     assert body["paper, 1M steps: GeMPO-Square"][4] == "3325 ± 113 (5)"
 
 
 def test_a_variant_without_all_tasks_has_no_average():
-    rows = evaluations(s1=[1]) + evaluations(env_id="Ant-v5", s1=[1]) + evaluations("gempo_exp", s1=[1])
+    rows = evaluations(s1=[1]) + evaluations(env_id="Ant-v5", s1=[1])
+    rows += evaluations("gempo_exp", s1=[1])
     _, body = cells(plot.paper_table(plot.group(rows), 10))
-    assert body["gempo_exp"][0] == body["gempo_exp"][-1] == "" and body["gempo_neg"][-1] != ""
+    assert body["gempo_exp"][0] == body["gempo_exp"][-1] == ""
+    assert body["gempo_neg"][-1] != ""
 
 
 def test_variants_are_named_after_the_flags_that_differ_in_an_environment():
-    rows = evaluations(flags="--ell -0.1 --hidden-dim 16", s1=[1]) + evaluations(
-        flags="--ell 0 --hidden-dim 16", s1=[2]
-    )
+    rows = evaluations(flags="--ell -0.1 --hidden-dim 16", s1=[1])
+    rows += evaluations(flags="--ell 0 --hidden-dim 16", s1=[2])
     rows += evaluations(env_id="Ant-v5", flags="--ell -0.1 --hidden-dim 32", s1=[3])
     names = {env_id: list(variants) for env_id, variants in plot.group(rows).items()}
-    assert names == {"Ant-v5": ["gempo_neg"], "Hopper-v5": ["gempo_neg --ell -0.1", "gempo_neg --ell 0"]}
+    assert names["Ant-v5"] == ["gempo_neg"]
+    assert names["Hopper-v5"] == ["gempo_neg --ell -0.1", "gempo_neg --ell 0"]
 
 
 def test_a_curve_is_the_interquartile_mean_as_far_as_all_seeds_go():
     rows = evaluations(s1=[1, 5, 9], s2=[3, 7], s3=[100, 8, 7], s4=[-9, 6, 1])
-    (axes,) = plot.draw("Hopper-v5", plot.group(rows)["Hopper-v5"], ["gempo_neg"], plot.Args(paths=())).axes
+    variants = plot.group(rows)["Hopper-v5"]
+    (axes,) = plot.draw("Hopper-v5", variants, ["gempo_neg"], plot.Args(paths=())).axes
     (line,) = axes.lines
     np.testing.assert_array_equal(line.get_xydata(), [[10, 2], [20, 6.5]])
     assert line.get_label() == "gempo_neg (4 seeds, 20 steps)"
     (band,) = axes.collections
-    low, high = plot.bootstrap_interval([np.array([[1, 3, 100, -9.0], [5, 7, 8, 6]])], 0.95, 2000)
-    assert band.get_datalim(axes.transData).y0 == low.min() and band.get_datalim(axes.transData).y1 == high.max()
+    values = np.array([[1, 3, 100, -9.0], [5, 7, 8, 6]])
+    low, high = plot.bootstrap_interval([values], 0.95, 2000)
+    limits = band.get_datalim(axes.transData)
+    assert limits.y0 == low.min() and limits.y1 == high.max()
 
 
-def write_run(folder, values, **hyperparameters):
-    with SummaryWriter(str(folder)) as writer:
-        rows = "\n".join(f"|{flag}|{value}|" for flag, value in hyperparameters.items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
-        for i, value in enumerate(values):
-            writer.add_scalar("eval/episodic_return", value, 10 * (i + 1))
-            writer.add_scalar("charts/speed", -value, 10 * (i + 1))
+def write_run(folder, values, first=0, **hyperparameters):
+    """Log evaluations every 10 steps, as the scripts do; after `first`, as a resumed run does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventFileWriter(str(folder), filename_suffix=f".{first}")
+    if first:
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=first + 1, session_log=start))
+    else:
+        rows = [f"|{flag}|{value}|" for flag, value in hyperparameters.items()]
+        table = "\n".join(["|flag|value|", "|-|-|", *rows])
+        writer.add_event(Event(summary=text_pb("hyperparameters", table)))
+    for i, value in enumerate(values):
+        scalars = {"eval/episodic_return": value, "charts/speed": -value}
+        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
+        writer.add_event(Event(step=first + 10 * (i + 1), summary=Summary(value=values)))
+    writer.close()
 
 
 def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     runs = tmp_path / "runs"
-    flags = dict(exp_name="gempo_neg", seed=3, env_id="Hopper-v5", gamma=0.99, ell=-0.2, save_model=True)
+    flags = dict(exp_name="gempo_neg", seed=3, env_id="Hopper-v5", gamma=0.99, batch_size=256)
+    flags |= dict(ell=-0.2, save_model=True)
     write_run(runs / "Hopper-v5__gempo_neg__3__100", [7.0], **flags)  # replaced by the newer one
     write_run(runs / "Hopper-v5__gempo_neg__3__200", [1.0, 2.123456], **flags)
+    write_run(runs / "Hopper-v5__td3__3__200", [4.0], exp_name="td3", batch_size=256, tau=0.1)
     write_run(tmp_path / "sweep" / "a" / "runs" / "Hopper-v5__gempo_exp__4__100", [5.0], seed=4)
-    entry = dict(folder="a", script="gempo_exp", env_id="Hopper-v5", seed=4, flags="--gamma 0.9", device="GPU, 1")
-    entry |= dict(commit="abc", state="running")
+    entry = dict(folder="a", script="gempo_exp", env_id="Hopper-v5", seed=4, flags="--gamma 0.9")
+    entry |= dict(device="GPU, 1", commit="abc", state="running")
     (tmp_path / "sweep" / "index.jsonl").write_text(json.dumps(entry) + "\n")
     table = tmp_path / "new" / "results.csv"
-    plot.main(plot.Args(paths=(tmp_path,), to_csv=table, device="CPU", commit="def", figures=tmp_path / "figures"))
+    figures = tmp_path / "figures"
+    origin = dict(device="CPU", commit="def")
+    plot.main(plot.Args(paths=(tmp_path,), to_csv=table, figures=figures, **origin))
+    neg = "--ell -0.2 --save-model"
     assert list(csv.reader(table.open())) == [
         ["script", "env_id", "seed", "step", "return", "device", "commit", "flags"],
         ["gempo_exp", "Hopper-v5", "4", "10", "5.0", "GPU, 1", "abc", "--gamma 0.9"],
-        ["gempo_neg", "Hopper-v5", "3", "10", "1.0", "CPU", "def", "--ell -0.2 --save-model"],
-        ["gempo_neg", "Hopper-v5", "3", "20", "2.12", "CPU", "def", "--ell -0.2 --save-model"],
+        ["gempo_neg", "Hopper-v5", "3", "10", "1.0", "CPU", "def", neg],
+        ["gempo_neg", "Hopper-v5", "3", "20", "2.12", "CPU", "def", neg],
+        ["td3", "Hopper-v5", "3", "10", "4.0", "CPU", "def", "--tau 0.1"],
     ]
     first = capsys.readouterr()
     assert "replaces an older run" in first.err
-    assert (tmp_path / "figures" / "Hopper-v5.png").stat().st_size > 5_000
+    assert (figures / "Hopper-v5.png").stat().st_size > 5_000
     plot.main(plot.Args(paths=(table,)))
     assert capsys.readouterr().out == first.out
     plot.main(plot.Args(paths=(runs,), tag="charts/speed", last=1))
     assert "| -2.1 (1) |" in capsys.readouterr().out
+
+
+def test_what_a_resumed_run_tells_again_counts(tmp_path):
+    """A run that was killed after step 40 and resumed at 20 is read as TensorBoard shows it."""
+    write_run(tmp_path, [1.0, 2.0, 3.0, 4.0], exp_name="gempo_neg", tau=0.5)
+    write_run(tmp_path, [30.0], first=20)
+    series, hyperparameters = plot.read_events(tmp_path, "eval/episodic_return")
+    assert series == {10: 1.0, 20: 2.0, 30: 30.0}
+    assert hyperparameters == {"exp_name": "gempo_neg", "tau": "0.5"}
 
 
 def test_committed_results_have_the_columns_and_are_plotted(capsys):
@@ -475,41 +638,240 @@ def test_committed_results_have_the_columns_and_are_plotted(capsys):
         (dict(confidence=95.0), "--confidence must be a number between 0 and 1, got 95.0"),
         (dict(resamples=0), "--resamples must be a whole number, at least 1, got 0"),
         (dict(paths=("missing",)), "paths must be folders or .csv files, got .*missing"),
-        (dict(paths=("other.csv",)), ".*other.csv cannot be read as a CSV of evaluations: its columns are not script,"),
+        (dict(paths=("other.csv",)), ".*other.csv cannot be read as a CSV .* columns are not scr"),
         (dict(paths=("cut.csv",)), ".*cut.csv cannot be read as a CSV of evaluations"),
+        (dict(paths=("empty.csv",)), ".*empty.csv cannot be read as a CSV of evaluations"),
         (dict(paths=(".",)), "paths must hold evaluations"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_of_a_plot_ends_in_one_line(tmp_path, flags, message):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "cut.csv").write_text(",".join(plot.COLUMNS) + "\ngempo_neg,Hopper-v5,1\n")
+    (tmp_path / "empty.csv").write_text("")
     paths = tuple(tmp_path / path for path in flags.pop("paths", (".",)))
     with pytest.raises(SystemExit) as stop:
         plot.main(plot.Args(paths=paths, **flags))
     assert re.match(message, stop.value.code) and "\n" not in stop.value.code
 
 
-# ----------------------------------------------------- the DNA table ------------------------------------------------
+# ------------------------------------------- throughput -------------------------------------------
+def count_dot_flops(jaxpr):
+    """FLOPs of all matrix products of a jaxpr, two for a multiply-add, loops counted as run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            inputs = equation.invars[0].aval.shape
+            size = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * size * math.prod(inputs[axis] for axis in summed)
+        for inner in jaxprs_in_params(equation.params):
+            total += equation.params.get("length", 1) * count_dot_flops(inner)
+    return total
+
+
+@pytest.mark.parametrize("td_best_of", [1, 3])
+def test_counted_flops_are_those_of_the_updates_matrix_products(td_best_of):
+    sizes = dict(batch_size=8, hidden_dim=16, num_particles=3, diffusion_steps=2)
+    args = gempo_linear.Args(**sizes, td_best_of=td_best_of)
+    dims = 5, 4
+    create = partial(gempo_linear.create_agent, args, *dims)
+    agent = jax.eval_shape(create, jax.random.key(0))
+    rows = [(8, *shape) for shape in ((5,), (4,), (), (5,), ())]
+    batch = gempo_linear.Transition(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in rows))
+    jaxpr = jax.make_jaxpr(gempo_linear.update)(agent, batch, jax.random.key(0))
+    counted = throughput.count_update_flops(*dims, args)
+    assert sum(counted.values()) == count_dot_flops(jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize("name", ["gempo_neg", "baselines/td3"])
+def test_throughput_measures_any_script_and_knows_the_floor_of_gempo(name, capsys):
+    words = ["--env-id=InvertedPendulum-v5", "--hidden-dim=16", "--batch-size=8", "--num-envs=2"]
+    words += ["--buffer-size=1000", "--updates-per-step=1"]
+    if name == "gempo_neg":
+        words += ["--num-particles=2", "--diffusion-steps=2"]
+    args = throughput.Args(script=name, seconds=0.1, repeats=1, json=True)
+    throughput.main(args, words)
+    figures = json.loads(capsys.readouterr().out)
+    for part in ("compile_s", "update_ms", "act_ms", "env_ms", "sps", "peak_memory_mb"):
+        assert 0 < figures[part] < math.inf
+    assert ("floor_ms" in figures) == (name == "gempo_neg")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "message"),
+    [
+        (dict(script="gempo_nag"), [], "--script must be a name such as gempo_neg .*gempo_nag"),
+        (dict(repeats=0), [], "--repeats must be a whole number, at least 1, got 0"),
+        (dict(seconds=0.0), [], "--seconds must be a finite number above 0, got 0"),
+        ({}, ["--gamma", "2"], "--gamma must be a number from 0 to 1, got 2"),
+    ],
+)
+def test_bad_input_of_throughput_ends_in_one_line(flags, words, message):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(throughput.Args(**flags), words)
+    assert re.match(message, stop.value.code) and "\n" not in stop.value.code
+
+
+# -------------------------------------------- watching --------------------------------------------
+EPISODES = 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of 120 steps, with checkpoints and a saved model, and its last scores."""
+    folder = tmp_path_factory.mktemp("trained")
+    args = gempo_linear.Args(
+        **TINY,
+        total_timesteps=120,
+        eval_frequency=40,
+        eval_episodes=EPISODES,
+        checkpoint_frequency=80,
+        save_model=True,
+    )
+    with contextlib.chdir(folder):
+        gempo_linear.main(args)
+    (run,) = folder.glob("runs/*")
+    scores = {}
+    for tag in ("eval/episodic_return", "eval/episodic_return_std"):
+        scores[tag], _ = plot.read_events(run, tag)
+    return run, scores
+
+
+@pytest.fixture
+def offscreen(monkeypatch):
+    """No display: frames are drawn by EGL."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+
+
+def watched_returns(printed):
+    """The returns, and the mean and standard deviation, that watch.py printed."""
+    returns = [float(x) for x in re.findall(r"^episode \d+: return (\S+) in", printed, re.M)]
+    (summary,) = re.findall(r"^mean return (\S+), standard deviation (\S+)$", printed, re.M)
+    return returns, [float(x) for x in summary]
+
+
+@pytest.mark.parametrize("file", ["checkpoints/80", "checkpoints/120", "gempo_linear.model", ""])
+def test_a_watched_agent_plays_the_episodes_of_its_evaluation(trained, offscreen, capsys, file):
+    run, scores = trained
+    watch.main(watch.Args(path=run / file))
+    printed = capsys.readouterr().out
+    assert printed.startswith("no display: --output")
+    step = 80 if file == "checkpoints/80" else 120
+    what = "saved model" if file.endswith(".model") else f"step {step}"
+    assert f"InvertedPendulum-v5, gempo_linear, {what}\n" in printed
+    returns, summary = watched_returns(printed)
+    assert len(returns) == EPISODES
+    logged = [scores[tag][step] for tag in scores]
+    np.testing.assert_allclose(summary, logged, atol=0.051)  # printed with one decimal
+
+
+def test_a_watched_episode_becomes_a_gif_of_the_frames_asked_for(
+    trained, offscreen, capsys, tmp_path
+):
+    run, _ = trained
+    file = tmp_path / "pole.gif"
+    kwargs = gym.spec("InvertedPendulum-v5").kwargs.copy()
+    # 25 steps a second: every second one, of the 0.16 s that an episode has at least.
+    size = dict(width=96, height=64, skip=2, seconds=0.16)
+    watch.main(watch.Args(path=run, output=file, episodes=2, seed=5, **size))
+    printed = capsys.readouterr().out
+    returns, _ = watched_returns(printed)
+    assert len(returns) == 2
+    assert re.search(r"pole.gif: 2 frames, 12.5 a second, 0.0\d MB", printed)
+    with Image.open(file) as gif:
+        assert (gif.size, gif.n_frames, gif.info["duration"]) == ((96, 64), 2, 80)
+        frames = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(np.asarray(gif.convert("RGB"), int))
+    assert frames[0].std() > 10  # something is drawn
+    assert 0 < np.abs(frames[1] - frames[0]).mean() < 50  # and moves
+    assert gym.spec("InvertedPendulum-v5").kwargs == kwargs
+
+
+def test_the_length_of_a_gif_ends_with_its_episode(trained, offscreen, capsys, tmp_path):
+    run, _ = trained
+    file = tmp_path / "pole.gif"
+    watch.main(watch.Args(path=run, output=file, episodes=1, width=32, height=32, colors=8))
+    steps = int(re.search(r"return \S+ in (\d+) steps", capsys.readouterr().out)[1])
+    with Image.open(file) as gif:
+        durations = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            assert len(gif.convert("RGB").getcolors()) <= 8
+    assert sum(durations) == 40 * (steps + 1)  # equal frames are merged
+
+
+def test_a_watched_episode_becomes_an_mp4(trained, offscreen, tmp_path):
+    pytest.importorskip("moviepy")
+    run, _ = trained
+    file = tmp_path / "pole.mp4"
+    watch.main(watch.Args(path=run, output=file, episodes=1, width=96, height=64))
+    assert b"ftyp" in file.read_bytes()[:16]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(path="none"), ".*none cannot be used: .*No such file"),
+        (dict(path="."), ".* holds no checkpoint and no saved model"),
+        (dict(path="text"), ".*text cannot be used: "),
+        (dict(path="other"), ".*other was written by nobody.py, which is neither here nor in "),
+        (dict(output="a.png"), "--output must be a file that ends in .gif or .mp4, got .*a.png"),
+        (dict(output="no/a.gif"), "--output must be in a folder that exists, got .*no/a.gif"),
+        (dict(output="a.mp4"), "an .mp4 needs moviepy: pip install -e '.\\[video\\]'"),
+        (dict(width=0), "--width must be a whole number, at least 1, got 0"),
+        (dict(skip=0), "--skip must be a whole number, at least 1, got 0"),
+        (dict(episodes=0), "--episodes must be a whole number, at least 1, got 0"),
+        (dict(seed=-1), "--seed must be a whole number, at least 0, got -1"),
+        (dict(seconds=0.0), "--seconds must be a finite number above 0, got 0"),
+        (dict(colors=257), "--colors must be a whole number from 2 to 256, got 257"),
+    ],
+)
+def test_bad_input_of_watching_ends_in_one_line(monkeypatch, tmp_path, flags, message):
+    monkeypatch.setitem(sys.modules, "moviepy", None)  # as if it were not installed
+    (tmp_path / "text").write_text("text")
+    with gzip.open(tmp_path / "other", "wb") as file:
+        pickle.dump({"script": "nobody"}, file)
+    flags = {"path": "other"} | flags
+    for name in flags.keys() & {"path", "output"}:
+        flags[name] = tmp_path / flags[name]
+    with pytest.raises(SystemExit) as stop:
+        watch.main(watch.Args(**flags))
+    assert re.match(message, stop.value.code) and "\n" not in stop.value.code
+
+
+# ------------------------------------------ the DNA table -----------------------------------------
 def write_dna_run(folder, value, seed=1, weighting="neg", metrics=True, **more):
     folder.mkdir()
-    flags = dict(script="dna_finetune", weighting=weighting, ell=-0.3, seed=seed, num_updates=100) | more
-    (folder / "args.json").write_text(json.dumps(flags))
-    samples = {name: dict.fromkeys(dna_table.COLUMNS, v) for name, v in (("pretrained", 0.0), ("finetuned", value))}
+    flags = dict(script="dna_finetune", weighting=weighting, ell=-0.3, seed=seed, num_updates=100)
+    (folder / "args.json").write_text(json.dumps(flags | more))
     if metrics:
+        samples = {
+            "pretrained": dict.fromkeys(dna_table.COLUMNS, 0.0),
+            "finetuned": dict.fromkeys(dna_table.COLUMNS, value),
+        }
         (folder / "metrics.json").write_text(json.dumps(samples))
     return folder
 
 
 def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tmp_path, capsys):
-    runs = [write_dna_run(tmp_path / str(seed), value, seed) for seed, value in ((1, 1.0), (2, 2.0), (3, 6.0))]
-    runs += [write_dna_run(tmp_path / "tds", 4.0, weighting="exp", method="tds", alpha=0.2)]
-    runs += [write_dna_run(tmp_path / "unfinished", 0.0, metrics=False)]
+    runs = []
+    for seed, value in ((1, 1.0), (2, 2.0), (3, 6.0)):
+        runs.append(write_dna_run(tmp_path / str(seed), value, seed))
+    tds = dict(weighting="exp", method="tds", alpha=0.2)
+    runs.append(write_dna_run(tmp_path / "tds", 4.0, **tds))
+    runs.append(write_dna_run(tmp_path / "unfinished", 0.0, metrics=False))
     dna_table.main(dna_table.Args(tuple(runs), to_csv=tmp_path / "dna.csv"))
     note, *table = capsys.readouterr().out.splitlines()
     assert note == f"left out, unfinished: {tmp_path}/unfinished"
     assert table[2].startswith("| pretrained | 3 | 0.00 ± 0.00 |") and table[2].endswith("| 0.17 |")
     assert table[3].startswith("| tds | 1 | 4.00 | ") and table[3].endswith("| 4.64 |")
-    assert table[4].startswith("| neg(-0.3) | 3 | 3.00 ± 1.53 |") and len(table) == 5  # sqrt(7 / 3)
+    assert table[4].startswith("| neg(-0.3) | 3 | 3.00 ± 1.53 |")  # sqrt(7 / 3)
+    assert len(table) == 5
     dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
     assert capsys.readouterr().out.splitlines() == table
 
@@ -523,8 +885,13 @@ def test_what_is_no_dna_result_ends_in_one_line(tmp_path):
     good = write_dna_run(tmp_path / "a", 1.0)
     other = write_dna_run(tmp_path / "b", 1.0, num_updates=50)
     (tmp_path / "c.csv").write_text("name\nx\n")
-    for paths, message in (((good, other), "other flags"), ((tmp_path / "none",), "No such"), ((), "no finished run"),
-                           ((tmp_path / "c.csv",), "seed")):  # fmt: skip
+    cases = (
+        ((good, other), "other flags"),
+        ((tmp_path / "none",), "No such"),
+        ((), "no finished run"),
+        ((tmp_path / "c.csv",), "seed"),
+    )
+    for paths, message in cases:
         with pytest.raises(SystemExit) as stop:
             dna_table.main(dna_table.Args(paths))
         assert message in stop.value.code and "\n" not in stop.value.code

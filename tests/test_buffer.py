@@ -1,9 +1,12 @@
 """The replay buffer, against a deque and by its statistics."""
 
+import time
 from collections import deque
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
@@ -37,7 +40,9 @@ def test_buffer_keeps_what_a_deque_keeps_in_whole_rows(batches):
     assert sorted(stored.rewards[filled]) == sorted(kept)
     for row in np.flatnonzero(filled):
         expected = transitions(stored.rewards[row], 1)
-        assert all((ours[row] == theirs[0]).all() for ours, theirs in zip(stored, expected, strict=True))
+        assert all(
+            (ours[row] == theirs[0]).all() for ours, theirs in zip(stored, expected, strict=True)
+        )
 
 
 def test_a_batch_over_the_end_goes_on_at_the_start():
@@ -69,7 +74,39 @@ def test_buffer_is_float32_and_as_large_as_it_says():
     buffer = gempo.create_buffer(100, 17, 6)
     assert {leaf.dtype for leaf in buffer.storage} == {np.dtype(np.float32)}
     assert sum(leaf.nbytes for leaf in buffer.storage) == 4 * 100 * (2 * 17 + 6 + 2)
-    stored = gempo.add_transitions(
-        buffer, jax.tree.map(np.float64, gempo.Transition(*(np.ones((1, *leaf.shape[1:])) for leaf in buffer.storage)))
-    )
+    row = gempo.Transition(*(np.ones((1, *leaf.shape[1:])) for leaf in buffer.storage))
+    assert row.obs.dtype == np.float64
+    stored = gempo.add_transitions(buffer, row)
     assert {leaf.dtype for leaf in stored.storage} == {np.dtype(np.float32)}
+
+
+def test_add_transitions_writes_in_place_and_fast():
+    """The storage stays where it is; its 60 MB would take longer to copy than 10 ms."""
+    buffer = gempo.create_buffer(500_000, 14, 1)
+    places = [leaf.unsafe_buffer_pointer() for leaf in buffer.storage]
+    times = []
+    for i in range(10):
+        passed_in = buffer
+        start = time.monotonic()
+        rows = gempo.Transition(*(np.full((100, *x.shape[1:]), i) for x in buffer.storage))
+        buffer = jax.block_until_ready(gempo.add_transitions(passed_in, rows))
+        times.append(time.monotonic() - start)
+        assert all(leaf.is_deleted() for leaf in passed_in.storage)
+    assert [leaf.unsafe_buffer_pointer() for leaf in buffer.storage] == places
+    assert min(times) < 0.01
+    np.testing.assert_array_equal(buffer.storage.rewards[:1000:100], np.arange(10))
+
+
+def test_more_transitions_than_the_buffer_holds_are_refused():
+    buffer = gempo.create_buffer(CAPACITY, 2, 1)
+    with pytest.raises(ValueError, match="8 transitions do not fit into a buffer of 7"):
+        gempo.add_transitions(buffer, transitions(1, CAPACITY + 1))
+    full = gempo.add_transitions(buffer, transitions(1, CAPACITY))  # was not donated
+    assert full.count == CAPACITY
+
+
+def test_rows_of_a_batch_are_as_many_as_asked_for_and_drawn_anew_by_each_key():
+    buffer, _ = fill([CAPACITY])
+    rows = [gempo.sample_batch(buffer, jax.random.key(i), 50).rewards for i in (0, 0, 1)]
+    assert rows[0].shape == (50,)
+    assert jnp.array_equal(rows[0], rows[1]) and not jnp.array_equal(rows[0], rows[2])

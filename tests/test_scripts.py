@@ -1,150 +1,272 @@
-"""The scripts as files and as programs: equal outside their own parts, runnable alone, repeatable, clear on errors."""
+"""The scripts as files, programs and modules: equal outside their own parts, repeatable, clear."""
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
+import io
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
+import threading
+import tokenize
 import tomllib
-from dataclasses import fields
+import types
+from dataclasses import asdict, fields
 
 import gymnasium as gym
+import helpers
 import jax
 import jax.numpy as jnp
+import mutants
 import numpy as np
 import probe_envs
 import pytest
 import tyro
 from conftest import ROOT
-from flax import serialization
-from helpers import SCRIPTS
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import SCRIPTS, command_line, only_run, read_scalars
 
-MAX_LINES = 560
+GEMPO = SCRIPTS["neg"]  # where one script stands for all
 BANNER = re.compile(r"^# =+ ([A-Z ]+) =+$", re.MULTILINE)
-SOURCES = {name: (ROOT / f"gempo_{name}.py").read_text() for name in SCRIPTS}
+SECTIONS = ["ARGUMENTS", "ENVIRONMENT", "NETWORKS", "DIFFUSION", "REWEIGHTING", "REPLAY BUFFER"]
+SECTIONS += ["LEARNING", "EVALUATION", "TRAINING", "RUN FOLDER"]
+# What differs between a script and gempo_linear.py, beside docstring and exp_name: sections, and
+# the lines of ARGUMENTS that speak of flags of its own. A new sibling is one more row.
+OWN_SECTIONS = {
+    "gempo_exp.py": {"REWEIGHTING"},
+    "gempo_square.py": {"REWEIGHTING"},
+    "gempo_neg.py": {"REWEIGHTING"},
+}
+OWN_FLAGS = {"gempo_neg.py": {"ell"}}
+
 every_script = pytest.mark.parametrize("name", SCRIPTS)
-OWN_FIELDS = {"exp": set(), "linear": set(), "square": set(), "neg": {"ell"}}
+every_file = pytest.mark.parametrize("path", ["gempo_linear.py", *OWN_SECTIONS])
 
 
-def sections(source):
+def read(path):
+    return (ROOT / path).read_text()
+
+
+def sections(path):
     """Text by section: "" is what comes before the first banner."""
-    parts = BANNER.split(source)
+    parts = BANNER.split(read(path))
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def without_docstring(text):
-    return text.replace(f'"""{ast.get_docstring(ast.parse(text), clean=False)}"""', "")
+    docstring = ast.get_docstring(ast.parse(text), clean=False)
+    return text.replace(f'"""{docstring}"""', "")
 
 
-def without_fields(text, names):
-    return "".join(line for line in text.splitlines(True) if not re.match(rf"    ({'|'.join(names) or '-'}): ", line))
+def without_flags(text, flags):
+    """ARGUMENTS without the default of exp_name and the lines of some flags."""
+    text = re.sub(r'(    exp_name: str = )"\w+"', r"\1", text)
+    for flag in flags:
+        text = re.sub(rf'^    ({flag}: |require\(args, "{flag}").*\n', "", text, flags=re.MULTILINE)
+    return text
 
 
-# --------------------------------------------------- the files ---------------------------------------------------
-def test_sections_are_in_the_order_of_the_method():
-    expected = "ARGUMENTS ENVIRONMENT NETWORKS DIFFUSION REWEIGHTING REPLAY BUFFER LEARNING EVALUATION CHECKPOINTS MAIN"
-    for source in SOURCES.values():
-        assert " ".join(BANNER.findall(source)) == expected
+# ------------------------------------------------- the files -------------------------------------------------
+@every_file
+def test_sections_are_in_the_order_of_the_method(path):
+    assert BANNER.findall(read(path)) == SECTIONS
 
 
-@every_script
-def test_siblings_are_equal_outside_docstring_own_fields_and_reweighting(name):
-    ours, linear = sections(SOURCES[name]), sections(SOURCES["linear"])
+@pytest.mark.parametrize("path", OWN_SECTIONS)
+def test_siblings_are_equal_outside_their_own_parts(path):
+    ours, linear = sections(path), sections("gempo_linear.py")
+    flags = OWN_FLAGS.get(path, set())
     assert without_docstring(ours.pop("")) == without_docstring(linear.pop(""))
-    assert without_fields(ours.pop("ARGUMENTS"), OWN_FIELDS[name]) == linear.pop("ARGUMENTS")
-    if name != "linear":
-        assert ours["REWEIGHTING"] != linear["REWEIGHTING"]
-    del ours["REWEIGHTING"], linear["REWEIGHTING"]
+    expected = without_flags(linear.pop("ARGUMENTS"), set())
+    assert without_flags(ours.pop("ARGUMENTS"), flags) == expected
+    assert {section for section in ours if ours[section] != linear[section]} == OWN_SECTIONS[path]
+
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"linear"}))
+def test_flags_and_defaults_of_siblings_are_equal_outside_their_own(name):
+    ours, linear = (asdict(SCRIPTS[key].Args()) for key in (name, "linear"))
+    assert ours.pop("exp_name") == f"gempo_{name}"
+    assert linear.pop("exp_name") == "gempo_linear"
+    own = {flag: ours.pop(flag) for flag in OWN_FLAGS.get(f"gempo_{name}.py", ())}
+    assert own == ({"ell": -0.1} if name == "neg" else {})
     assert ours == linear
-    names = {field.name for field in fields(SCRIPTS[name].Args)}
-    assert names - {field.name for field in fields(SCRIPTS["linear"].Args)} == OWN_FIELDS[name]
 
 
-@every_script
-def test_a_script_is_short_and_its_difference_to_linear_is_too(name):
-    lines = SOURCES[name].splitlines()
-    assert len(lines) <= MAX_LINES
-    diff = difflib.unified_diff(SOURCES["linear"].splitlines(), lines, n=0, lineterm="")
-    assert sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff) <= 100
+@pytest.mark.parametrize("path", OWN_SECTIONS)
+def test_the_difference_to_linear_fits_on_two_screens(path):
+    lines = [read(file).splitlines() for file in ("gempo_linear.py", path)]
+    diff = list(difflib.unified_diff(*lines, n=0, lineterm=""))[2:]
+    assert sum(line[0] in "+-" for line in diff) <= 100
+
+
+def code_lengths(source):
+    """Characters of each line of code, with its indentation; no docstring, comment or blank."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    in_docstring = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            docstring = node.body[0]
+            in_docstring |= set(range(docstring.lineno, docstring.end_lineno + 1))
+    comment_at = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comment_at[token.start[0]] = token.start[1]
+    lengths = []
+    for number, line in enumerate(source.splitlines(), start=1):
+        code = line[: comment_at.get(number)].rstrip()
+        if code and number not in in_docstring:
+            lengths.append(len(code))
+    return lengths
+
+
+def test_lengths_of_code_lines_are_counted_as_they_should_be():
+    source = 'x = "#"  # y\n\n\ndef f():\n    """Long,\n\n    long."""\n    # z\n    return 1\n'
+    assert code_lengths(source) == [len('x = "#"'), len("def f():"), len("    return 1")]
+
+
+@every_file
+def test_a_line_of_code_has_52_characters_at_most_on_average(path):
+    assert np.mean(code_lengths(read(path))) <= 52
+
+
+@every_file
+def test_a_walrus_stands_in_a_condition_only(path):
+    tree = ast.parse(read(path))
+    conditions = [n.test for n in ast.walk(tree) if isinstance(n, (ast.If, ast.While))]
+    allowed = {id(part) for condition in conditions for part in ast.walk(condition)}
+    walruses = [n for n in ast.walk(tree) if isinstance(n, ast.NamedExpr)]
+    assert not [walrus.lineno for walrus in walruses if id(walrus) not in allowed]
+
+
+@every_file
+def test_functions_are_short(path):
+    functions = [n for n in ast.walk(ast.parse(read(path))) if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        limit = 60 if function.name == "train" else 40
+        assert function.end_lineno - function.lineno + 1 < limit, function.name
 
 
 def imported(source):
-    nodes = list(ast.walk(ast.parse(source)))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
     return {name.split(".")[0] for name in names}
 
 
-@every_script
-def test_a_script_imports_nothing_of_this_repository(name):
-    local = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not imported(SOURCES[name]) & local
+@every_file
+def test_a_script_imports_nothing_of_this_repository(path):
+    local = {file.stem for file in ROOT.iterdir() if file.suffix == ".py" or file.is_dir()}
+    assert not imported(read(path)) & local
 
 
-@every_script
-def test_inline_metadata_names_what_the_script_imports_as_pyproject_does(name):
-    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", SOURCES[name], re.MULTILINE)[1]
+def package_names(requirements):
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+
+@every_file
+def test_inline_metadata_names_what_the_script_imports_as_pyproject_does(path):
+    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", read(path), re.MULTILINE)[1]
     metadata = tomllib.loads(re.sub(r"^# ", "", block, flags=re.MULTILINE))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads(read("pyproject.toml"))["project"]
     assert metadata["requires-python"] == project["requires-python"]
-    packages, ours = ({re.match(r"[\w-]+", d)[0] for d in m["dependencies"]} for m in (project, metadata))
-    third_party = imported(SOURCES[name]) - set(sys.stdlib_module_names)
-    assert ours <= packages
-    assert third_party <= ours | {"cloudpickle", "numpy", "orbax"}  # these come with gymnasium, JAX and Flax
+    ours = package_names(metadata["dependencies"])
+    assert ours <= package_names(project["dependencies"])
+    optional = {"wandb"}  # imported where --track asks for it
+    come_along = {"cloudpickle", "numpy"}  # with gymnasium and with JAX
+    third_party = imported(read(path)) - set(sys.stdlib_module_names) - optional
+    assert third_party <= ours | come_along
+
+
+def run_python(code, folder):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_importing_a_script_writes_nothing_prints_nothing_and_computes_nothing(tmp_path):
     code = "import gempo_exp, gempo_linear, gempo_neg, gempo_square\n"
     code += "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = run_python(code, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------- the runs ----------------------------------------------------
-TINY = dict(env_id="InvertedPendulum-v5", total_timesteps=120, learning_starts=60, hidden_dim=16, num_particles=2)
-TINY |= dict(diffusion_steps=2, batch_size=8, buffer_size=1000, eval_frequency=40, eval_episodes=2, eval_best_of=2)
-TINY |= dict(save_model=True)
+PASTED = """
+import pathlib, sys
+import jax  # whose own lock would warn
+sys.modules["fcntl"] = None  # as on Windows: importing it fails
+cell = {"__name__": "notebook"}
+exec(pathlib.Path("SCRIPT").read_text(), cell)
+sizes = dict(hidden_dim=16, num_particles=4, diffusion_steps=2, batch_size=8)
+agent = cell["create_agent"](cell["Args"](**sizes), 3, 2, jax.random.key(0))
+print(cell["act"](agent, jax.numpy.ones((1, 3)), jax.random.key(0), 0, training=True).shape)
+cell["lock_folder"](pathlib.Path(".")).close()
+"""
 
 
-def command_line(flags):
-    """Flags as a user would type them: --env-id InvertedPendulum-v5, --save-model."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
+def test_a_script_can_be_pasted_into_a_notebook_also_without_fcntl(tmp_path):
+    done = run_python(PASTED.replace("SCRIPT", str(ROOT / "gempo_neg.py")), tmp_path)
+    assert (done.stdout, done.stderr) == ("(1, 2)\n", "")
 
 
-def read_scalars(folder):
-    """{tag: [(step, value)]} of the one run in `folder`."""
-    (run,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+# ------------------------------------------------- the runs --------------------------------------------------
+TINY = dict(env_id="InvertedPendulum-v5", total_timesteps=220, learning_starts=60, hidden_dim=16)
+TINY |= dict(num_particles=2, diffusion_steps=2, batch_size=8, buffer_size=1000, save_model=True)
+TINY |= dict(eval_frequency=40, eval_episodes=2, eval_best_of=2)
+
+
+class Program(threading.Thread):
+    """A script copied into an empty folder and run there, piped or on a terminal."""
+
+    def __init__(self, name, folder, on_terminal):
+        super().__init__()
+        self.folder, self.on_terminal, self.output = folder, on_terminal, b""
+        shutil.copy(ROOT / f"gempo_{name}.py", folder)
+        self.command = [sys.executable, f"gempo_{name}.py", *command_line(TINY)]
+        self.start()
+
+    def run(self):
+        environment = dict(os.environ)
+        environment.pop("PYTHONPATH", None)
+        ours, theirs = pty.openpty() if self.on_terminal else os.pipe()
+        if self.on_terminal:
+            termios.tcsetwinsize(theirs, (24, 120))
+        process = subprocess.Popen(
+            self.command, cwd=self.folder, env=environment, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        try:
+            while part := os.read(ours, 4096):
+                self.output += part
+        except OSError:  # a terminal's end
+            pass
+        os.close(ours)
+        self.returncode = process.wait()
 
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """Each script copied into an empty folder and run there with seed 1: {name: (folder, process, output)}."""
-    folders, env = {name: tmp_path_factory.mktemp(name) for name in SCRIPTS}, dict(os.environ)
-    env.pop("PYTHONPATH", None)
-    processes = {}
-    for name, folder in folders.items():  # side by side: most of the time is compiling, on one core
-        shutil.copy(ROOT / f"gempo_{name}.py", folder)
-        command = [sys.executable, f"gempo_{name}.py", *command_line(TINY)]
-        processes[name] = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-    return {name: (folders[name], processes[name], processes[name].communicate()[0].decode()) for name in SCRIPTS}
+    """Each script run alone with seed 1: {name: (folder, exit code, output)}; exp on a terminal."""
+    programs = {}
+    for name in SCRIPTS:  # side by side: most of the time is compiling, on one core
+        programs[name] = Program(name, tmp_path_factory.mktemp(name), name == "exp")
+    done = {}
+    for name, program in programs.items():
+        program.join()
+        done[name] = program.folder, program.returncode, program.output.decode()
+    return done
 
 
 @pytest.fixture(scope="session")
 def in_process(tmp_path_factory):
-    """The same runs by `main` in this process: a function of the script's name and the seed, folder and agent."""
+    """The same runs by `main` here: a function of the script and the seed to (folder, agent)."""
     done = {}
 
     def run(name, seed):
@@ -152,7 +274,8 @@ def in_process(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{name}{seed}")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                done[name, seed] = folder, SCRIPTS[name].main(SCRIPTS[name].Args(seed=seed, **TINY))
+                agent = SCRIPTS[name].main(SCRIPTS[name].Args(seed=seed, **TINY))
+            done[name, seed] = folder, agent
         return done[name, seed]
 
     return run
@@ -160,20 +283,42 @@ def in_process(tmp_path_factory):
 
 @every_script
 def test_a_script_runs_alone_and_logs_finite_scalars(alone, name):
-    folder, process, output = alone[name]
-    assert process.returncode == 0, output
-    (run,) = (folder / "runs").iterdir()
+    folder, code, output = alone[name]
+    assert code == 0, output
+    run = only_run(folder)
     assert re.fullmatch(rf"InvertedPendulum-v5__gempo_{name}__1__\d+", run.name)
-    scalars = read_scalars(folder)
-    losses = ("critic_loss", "actor_loss", "temperature_loss", "q_values")
-    charts = ("temperature", "kl", "weights_min", "weights_negative_share", "particles_std", "params_norm")
-    for tag in [f"losses/{loss}" for loss in losses] + [f"charts/{chart}" for chart in charts]:
-        assert [step for step, _ in scalars[tag]] == [80, 100, 120], tag
-    assert [step for step, _ in scalars["charts/SPS"]] == [100, 120]
-    for tag in ("eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"):
-        assert [step for step, _ in scalars[tag]] == [80, 120], tag
-    assert len(scalars["charts/episodic_return"]) == len(scalars["charts/episodic_length"]) > 2
+    scalars = read_scalars(run)
+    losses = ["critic_loss", "actor_loss", "temperature_loss", "q_values"]
+    charts = ["temperature", "kl", "weights_min", "weights_negative_share", "particles_std"]
+    tags = [f"losses/{loss}" for loss in losses] + [f"charts/{chart}" for chart in charts]
+    for tag in [*tags, "charts/params_norm", "charts/SPS"]:
+        assert [step for step, _ in scalars[tag]] == [100, 200], tag
+    for tag in ("episodic_return", "episodic_return_std", "episodic_length"):
+        assert [step for step, _ in scalars[f"eval/{tag}"]] == [80, 120, 160, 200], tag
+    episodes = scalars["charts/episodic_return"]
+    assert len(episodes) == len(scalars["charts/episodic_length"]) > 2
     assert all(np.isfinite([value for _, value in series]).all() for series in scalars.values())
+
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"exp"}))
+def test_a_piped_run_prints_lines_of_its_own_and_no_other(alone, name):
+    folder, _, output = alone[name]
+    first, *others = output.splitlines()
+    path = only_run(folder).relative_to(folder)
+    assert re.fullmatch(rf"InvertedPendulum-v5 on .+: tensorboard --logdir {path}", first)
+    progress = r"step (\d+) of 220, return [\d.]+, evaluation [\d.]+, \S+ steps/s, [\d:]+ left"
+    shown = [re.fullmatch(progress, line) for line in others]
+    assert all(shown), output
+    steps = [int(line[1]) for line in shown]
+    assert set(steps) >= {80, 120, 160, 200}  # at each evaluation
+
+
+def test_a_run_on_a_terminal_shows_a_bar_with_the_same(alone):
+    _, _, output = alone["exp"]
+    last = output.strip().splitlines()[-1].split("\r")[-1]
+    assert "220/220" in last and "step/s" in last
+    assert re.search(r"evaluation=[\d.]+", last) and re.search(r"return=[\d.]+", last)
+    assert "steps/s" not in output  # the lines of a run without a terminal
 
 
 def timeless(scalars):
@@ -182,36 +327,75 @@ def timeless(scalars):
 
 def test_a_seed_repeats_a_run_exactly_and_another_seed_does_not(alone, in_process):
     """A program and a call of `main` in another process log the same values, bit for bit."""
-    first, same, other = (
-        timeless(read_scalars(f)) for f in (alone["neg"][0], in_process("neg", 1)[0], in_process("neg", 2)[0])
-    )
+    folders = alone["neg"][0], in_process("neg", 1)[0], in_process("neg", 2)[0]
+    first, same, other = (timeless(read_scalars(only_run(folder))) for folder in folders)
     assert first == same
-    for tag in ("losses/critic_loss", "losses/actor_loss", "charts/episodic_length", "eval/episodic_return"):
+    for tag in ("losses/critic_loss", "losses/actor_loss", "charts/episodic_length"):
         assert first[tag] != other[tag]
 
 
-def test_a_saved_model_restores_and_acts_the_same(alone, in_process):
-    script, (folder, _), (_, trained) = SCRIPTS["neg"], alone["neg"][:2], in_process("neg", 1)
-    (model,) = folder.glob("runs/*/gempo_neg.model")
-    agent = script.create_agent(script.Args(**TINY), 4, 1, jax.random.key(99))
-    restored = agent.replace(params=serialization.from_bytes(agent.params, model.read_bytes()))
+def test_the_flags_are_logged_with_the_values_that_learning_uses(in_process):
+    events = helpers.read_events(only_run(in_process("neg", 1)[0]))
+    (event,) = events.Tensors("hyperparameters")
+    table = event.tensor_proto.string_val[0].decode()
+    assert "|env_id|InvertedPendulum-v5|" in table and "|ell|-0.1|" in table
+    kappa = float(re.search(r"\|target_kl\|(.*)\|", table)[1])
+    assert kappa == pytest.approx(2 * np.log(2) / np.log(64))
+
+
+def learn_a_little(agent):
+    """Three updates on fixed transitions."""
+    buffer = GEMPO.create_buffer(30, 4, 1)
+    buffer = GEMPO.add_transitions(buffer, helpers.make_batch(30, 4, 1))
+    return GEMPO.learn(jax.tree.map(jnp.copy, agent), buffer, jax.random.key(3), 3)
+
+
+def test_a_saved_model_of_another_process_acts_and_learns_on_exactly(alone, in_process):
+    _, trained = in_process("neg", 1)
+    (model,) = alone["neg"][0].glob("runs/*/gempo_neg.model")
+    args, restored = GEMPO.load_agent(model)
+    assert args == GEMPO.Args(**TINY) and restored.args == trained.args
+    assert restored.args.diffusion_steps == 2 and restored.num_updates == 160
+    untrained = GEMPO.create_agent(args, 4, 1, jax.random.key(99))
     obs = jax.random.normal(jax.random.key(0), (20, 4))
-    untrained, ours, theirs = (script.act(a, obs, jax.random.key(1), 0, 4, 2) for a in (agent, restored, trained))
-    np.testing.assert_array_equal(ours, theirs)
-    assert (untrained != theirs).any()
+    for training in (True, False):
+        agents = untrained, restored, trained
+        actions = [GEMPO.act(agent, obs, jax.random.key(1), 0, training) for agent in agents]
+        np.testing.assert_array_equal(actions[1], actions[2])
+        assert (actions[0] != actions[2]).any()
+    ours, theirs = learn_a_little(restored), learn_a_little(trained)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_a_runs_folder_gives_its_newest_checkpoint_or_else_its_model(in_process, tmp_path):
+    folder, trained = in_process("neg", 1)
+    run = shutil.copytree(only_run(folder), tmp_path / "run")
+    _, from_checkpoint = GEMPO.load_agent(run)
+    shutil.rmtree(run / "checkpoints")
+    _, from_model = GEMPO.load_agent(run)
+    for agent in (from_checkpoint, from_model):
+        jax.tree.map(np.testing.assert_array_equal, agent, trained)
+    with pytest.raises(SystemExit, match="--resume .* must hold a checkpoint"):
+        GEMPO.main(GEMPO.Args(resume=str(run)))
+    (run / "gempo_neg.model").unlink()
+    with pytest.raises(SystemExit, match="holds no checkpoint and no saved model"):
+        GEMPO.load_agent(run)
+
+
+# --------------------------------------------- episodes and charts -------------------------------------------
 @pytest.fixture
 def three_probes(tmp_path, monkeypatch):
-    """A function of an environment's id: its scalars, and each episode's last step and its environment's number."""
+    """A function of an environment's id: scalars, and each episode's last step and its number."""
 
     def run(env_id):
         monkeypatch.chdir(tmp_path)
         first = next(probe_envs.Probe.counter) + 1
-        flags = dict(env_id=env_id, num_envs=3, total_timesteps=48, learning_starts=47, eval_frequency=0)
-        SCRIPTS["exp"].main(SCRIPTS["exp"].Args(**TINY | flags))
-        # Environment i pays its number at each of 4 steps, and steps 3 k + i + 1; there are 16 steps of 3 environments.
-        return read_scalars(tmp_path), [(3 * (4 * n + 3) + i + 1, first + i) for n in range(4) for i in range(3)]
+        flags = dict(env_id=env_id, num_envs=3, total_timesteps=48, learning_starts=47)
+        SCRIPTS["exp"].main(SCRIPTS["exp"].Args(**TINY | flags | {"eval_frequency": 0}))
+        # Environment i pays its number at each of 4 steps, and steps 3 k + i + 1; there are 16
+        # steps of 3 environments.
+        ends = [(3 * (4 * n + 3) + i + 1, first + i) for n in range(4) for i in range(3)]
+        return read_scalars(only_run(tmp_path)), ends
 
     return run
 
@@ -224,97 +408,296 @@ def test_every_episode_of_every_environment_is_logged_at_its_step(three_probes):
 
 def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(three_probes):
     scalars, ends = three_probes("OwnCharts-v0")
-    assert scalars["charts/number"] == ends
+    assert scalars["charts/number"] == [(step, number) for step, number in ends if number % 2]
     assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
     assert not [tag for tag in scalars if tag.startswith("charts/_")]
 
 
-def test_evaluation_depends_on_agent_and_seed_alone_and_plays_whole_episodes(in_process):
-    script, (_, agent) = SCRIPTS["neg"], in_process("neg", 1)
-    args = script.Args(**TINY)
-    envs = [script.make_env("InvertedPendulum-v5") for _ in range(3)]
-    scores = [script.evaluate(agent, envs, seed, args) for seed in (5, 5, 6)]
+# ------------------------------------------------- evaluation ------------------------------------------------
+class Scripted:
+    """An episode of given rewards, which records how it is reset."""
+
+    def __init__(self, rewards, truncates=False):
+        self.rewards, self.truncates, self.seeds = rewards, truncates, []
+
+    def reset(self, *, seed=None):
+        self.seeds.append(seed)
+        self.step_number = 0
+        return np.zeros(3), {}
+
+    def step(self, action):
+        assert action.shape == (2,)
+        reward = self.rewards[self.step_number]
+        self.step_number += 1
+        ends = self.step_number == len(self.rewards)
+        return np.zeros(3), reward, ends and not self.truncates, ends and self.truncates, {}
+
+
+def test_evaluation_plays_whole_episodes_from_seeds_of_their_own():
+    envs = [Scripted([1.0, 2.0]), Scripted([5.0, 0.0, 4.0], truncates=True)]
+    agent = helpers.create_agent("neg", **{k: TINY[k] for k in ("diffusion_steps", "eval_best_of")})
+    scores = GEMPO.evaluate(agent, envs, 5)
+    assert [env.seeds for env in envs] == [[5], [6]]
+    assert scores["eval/episodic_return"] == 6  # (3 + 9) / 2
+    assert scores["eval/episodic_return_std"] == 3
+    assert scores["eval/episodic_length"] == 2.5
+
+
+def test_evaluation_acts_outside_of_training_with_new_noise_at_each_step(monkeypatch):
+    calls = []
+
+    def record(agent, obs, key, step, training):
+        calls.append((tuple(jax.random.key_data(key).tolist()), step, training))
+        return np.zeros((1, 2))
+
+    monkeypatch.setattr(GEMPO, "act", record)
+    for seed in (5, 6):
+        GEMPO.evaluate(None, [Scripted([0.0] * 3)], seed)
+    assert [call[1:] for call in calls] == 2 * [(0, False), (1, False), (2, False)]
+    keys = [call[0] for call in calls]
+    assert len(set(keys[:3])) == len(set(keys[3:])) == 1 and keys[0] != keys[3]
+
+
+def test_evaluation_depends_on_agent_and_seed_alone(in_process):
+    agent = in_process("neg", 1)[1]
+    envs = [GEMPO.make_env("InvertedPendulum-v5") for _ in range(3)]
+    scores = [GEMPO.evaluate(agent, envs, seed) for seed in (5, 5, 6)]
     assert scores[0] == scores[1] != scores[2]
-    assert scores[0]["eval/episodic_return"] == scores[0]["eval/episodic_length"] - 1 > 1  # 1 a step, 0 for the fall
+    # The reward is 1 a step, and 0 for the fall.
+    assert scores[0]["eval/episodic_return"] == scores[0]["eval/episodic_length"] - 1 > 1
 
 
-def test_environments_are_flat_and_their_actions_scaled_to_one():
-    env = SCRIPTS["neg"].make_env("InvertedPendulum-v5")  # its own actions are in [-3, 3]
+def test_every_evaluation_of_a_run_and_every_run_has_seeds_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeds = []
+
+    def record(agent, envs, seed, run):
+        assert len(envs) == TINY["eval_episodes"]
+        seeds.append(seed)
+        return {}
+
+    monkeypatch.setattr(GEMPO, "evaluate", record)
+    flags = TINY | dict(env_id="ConstantReward-v0", save_model=False)
+    for run_seed in (1, 2):
+        GEMPO.main(GEMPO.Args(seed=run_seed, **flags))
+    assert len(seeds) == 8
+    # The episodes of an evaluation take the seeds that follow, so they must be apart.
+    assert np.diff(sorted(seeds)).min() == 1 and len(set(seeds)) == 8
+    assert np.diff(sorted(seeds[:4])).min() > 1000
+
+
+def test_an_endless_episode_is_cut_and_counts_as_far_as_it_went(monkeypatch):
+    assert GEMPO.MAX_EVAL_STEPS == 10_000  # ten times gymnasium's usual limit
+    monkeypatch.setattr(GEMPO, "MAX_EVAL_STEPS", 7)
+    monkeypatch.setattr(GEMPO, "act", lambda *_, **__: np.zeros((2, 2)))
+    envs = [Scripted([1.0] * 99), Scripted([1.0] * 3)]
+    scores = GEMPO.evaluate(None, envs, 0)
+    assert scores["eval/episodic_length"] == scores["eval/episodic_return"] == (7 + 3) / 2
+
+
+def test_a_signal_ends_an_evaluation_without_scores(monkeypatch):
+    monkeypatch.setattr(GEMPO, "act", lambda *_, **__: np.zeros((1, 2)))
+    env = Scripted([1.0] * 3)
+    assert GEMPO.evaluate(None, [env], 0, types.SimpleNamespace(stop_signal=15)) == {}
+    assert env.step_number == 0
+    assert GEMPO.evaluate(None, [env], 0, types.SimpleNamespace(stop_signal=0)) != {}
+
+
+# ------------------------------------------------ environments -----------------------------------------------
+def test_actions_are_scaled_to_one():
+    env = GEMPO.make_env("InvertedPendulum-v5")  # its own actions are in [-3, 3]
     np.testing.assert_array_equal([env.action_space.low, env.action_space.high], [[-1], [1]])
     played = gym.make("InvertedPendulum-v5")
-    env.reset(seed=0), played.reset(seed=0)
-    np.testing.assert_allclose(env.step(np.float32([0.5]))[0], played.step(np.float32([1.5]))[0], rtol=1e-6)
+    env.reset(seed=0)
+    played.reset(seed=0)
+    ours, expected = env.step(np.float32([0.5]))[0], played.step(np.float32([1.5]))[0]
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-# ------------------------------------------------ the command line ------------------------------------------------
+@pytest.mark.parametrize(
+    ("probe", "expected"),
+    [
+        ("MatrixObservations", [0, 1, 2, 3, 4, 5]),
+        ("DictObservations", [1, 2, 0.5]),
+        ("TupleObservations", [1, 2, 0.5]),
+    ],
+)
+def test_observations_of_any_shape_are_flattened(probe, expected):
+    env = GEMPO.make_env(f"{probe}-v0")
+    obs, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(obs, expected)
+    assert env.observation_space.shape == obs.shape == (len(expected),)
+    envs = GEMPO.make_envs(f"{probe}-v0", 2)
+    assert envs.reset(seed=0)[0].shape == (2, len(expected))
+
+
+def test_an_environment_whose_constructor_knows_no_render_mode_is_made():
+    assert GEMPO.make_env("ConstantReward-v0").render_mode is None
+
+
+def test_video_of_what_cannot_be_drawn_is_refused_in_one_line_that_names_the_flag(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        GEMPO.make_env("ConstantReward-v0", tmp_path)
+    message = stop.value.code
+    assert message.startswith("--capture-video with --env-id ConstantReward-v0 fails: ")
+    assert "\n" not in message and not list(tmp_path.iterdir())
+
+
+def test_mujoco_draws_offscreen_for_a_video_where_there_is_no_display(monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    GEMPO.choose_renderer(GEMPO.Args())
+    assert "MUJOCO_GL" not in os.environ
+    monkeypatch.setenv("DISPLAY", ":0")
+    GEMPO.choose_renderer(GEMPO.Args(capture_video=True))
+    assert "MUJOCO_GL" not in os.environ
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    GEMPO.choose_renderer(GEMPO.Args(capture_video=True))
+    assert os.environ["MUJOCO_GL"] == "osmesa"  # the user's choice
+    monkeypatch.delenv("MUJOCO_GL")
+    GEMPO.choose_renderer(GEMPO.Args(capture_video=True))
+    assert os.environ["MUJOCO_GL"] == "egl"
+
+
+OWN_MODULE = """
+import gymnasium, probe_envs
+gymnasium.register("Own-v0", probe_envs.ConstantReward, disable_env_checker=True)
+"""
+
+
+def test_an_environments_module_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    (tmp_path / "module_of_the_user.py").write_text(OWN_MODULE)
+    env = GEMPO.make_env("module_of_the_user:Own-v0")
+    assert env.reset(seed=0)[0].shape == (1,)
+
+
+# ------------------------------------------------ command line -----------------------------------------------
+def words_of(text):
+    return re.sub(r"[^\w.-]+", " ", text)  # without a frame and its line breaks
+
+
 @every_script
 def test_help_names_and_explains_every_flag(name, capsys):
     with pytest.raises(SystemExit) as stop:
         tyro.cli(SCRIPTS[name].Args, args=["--help"])
-    text = re.sub(r"[^\w.-]+", " ", capsys.readouterr().out)  # without the frame and its line breaks
+    text = words_of(capsys.readouterr().out)
     assert stop.value.code == 0
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", sections(SOURCES[name])["ARGUMENTS"], re.MULTILINE))
+    arguments = sections(f"gempo_{name}.py")["ARGUMENTS"]
     for field in fields(SCRIPTS[name].Args):
+        comment = re.search(rf"^    {field.name}: [^#]*# (.*)$", arguments, re.MULTILINE)[1]
+        first_words = words_of(comment).split()[:4]
         assert f"--{field.name.replace('_', '-')} " in text
-        assert comments[field.name].split()[0].strip("`") in text
+        assert " ".join(first_words) in text, field.name
 
 
 @every_script
 def test_defaults_are_those_of_the_paper(name):
-    args = SCRIPTS[name].check_args(SCRIPTS[name].Args())
-    assert (args.gamma, args.tau, args.policy_lr, args.q_lr, args.temperature_lr) == (0.99, 0.005, 1e-4, 3e-4, 3e-4)
-    assert (args.batch_size, args.num_particles, args.diffusion_steps, args.hidden_dim) == (256, 64, 20, 256)
-    assert (args.learning_starts, args.buffer_size, args.total_timesteps) == (5_000, 1_000_000, 1_000_000)
-    assert (args.old_policy_interval, args.additive_noise, args.loss_clip, args.updates_per_step) == (1000, 0.2, 5, 1)
+    script = SCRIPTS[name]
+    args = script.Args()
+    rates = args.policy_lr, args.q_lr, args.temperature_lr
+    assert (args.gamma, args.tau, *rates) == (0.99, 0.005, 1e-4, 3e-4, 3e-4)
+    sizes = args.batch_size, args.num_particles, args.diffusion_steps, args.hidden_dim
+    assert sizes == (256, 64, 20, 256)
+    steps = args.learning_starts, args.buffer_size, args.total_timesteps
+    assert steps == (5_000, 1_000_000, 1_000_000)
+    assert (args.old_policy_interval, args.updates_per_step, args.num_envs) == (1000, 1, 1)
+    assert (args.additive_noise, args.loss_clip, args.reward_scale) == (0.2, 5, 1)
     assert (args.eval_frequency, args.eval_episodes, args.eval_best_of) == (10_000, 10, 10)
-    assert (args.act_best_of, args.td_best_of, args.reward_scale, args.num_envs) == (1, 1, 1, 1)
+    assert (args.act_best_of, args.td_best_of) == (1, 1)
     budgets = {"HalfCheetah-v5": 2.0, "Hopper-v5": 2.5, "Ant-v5": 1.5, "Walker2d-v5": 2.0}
     for env_id, budget in budgets.items():
-        ours = SCRIPTS[name].check_args(SCRIPTS[name].Args(env_id=env_id)).target_kl
-        assert ours == pytest.approx(budget)
-    assert SCRIPTS[name].check_args(SCRIPTS[name].Args(target_kl=0.3)).target_kl == 0.3
+        learning = script.learning_part(script.Args(env_id=env_id))
+        assert learning.target_kl == pytest.approx(budget)
+    assert script.learning_part(script.Args(target_kl=0.3)).target_kl == 0.3
 
 
 NAN, INF = float("nan"), float("inf")
-COUNTS = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "updates_per_step", "hidden_dim", "num_particles")
-COUNTS += ("diffusion_steps", "old_policy_interval", "act_best_of", "td_best_of", "eval_best_of", "eval_episodes")
-NATURALS = ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency")
-POSITIVES = ("policy_lr", "q_lr", "temperature_lr", "target_kl", "loss_clip", "reward_scale")
+COUNTS = ["num_envs", "total_timesteps", "buffer_size", "batch_size", "updates_per_step"]
+COUNTS += ["hidden_dim", "num_particles", "diffusion_steps", "old_policy_interval"]
+COUNTS += ["act_best_of", "td_best_of", "eval_best_of", "eval_episodes"]
+NATURALS = ["seed", "learning_starts", "eval_frequency", "checkpoint_frequency"]
+POSITIVES = ["policy_lr", "q_lr", "temperature_lr", "target_kl", "loss_clip", "reward_scale"]
 BAD = [(flag, value) for flag in COUNTS for value in (0, -1)]
-BAD += [(flag, -1) for flag in NATURALS]
+BAD += [(flag, -1) for flag in NATURALS] + [("seed", 2**32)]
 BAD += [(flag, value) for flag in POSITIVES for value in (0.0, -1.0, NAN, INF)]
 BAD += [(flag, value) for flag in ("gamma", "tau") for value in (-0.1, 1.1, NAN)]
 BAD += [("additive_noise", value) for value in (-0.1, NAN, INF)]
 BAD += [("ell", value) for value in (0.1, NAN, -INF)]
-BAD += [("learning_starts", TINY["total_timesteps"]), ("num_envs", TINY["buffer_size"] + 1), ("target_kl", 0.7)]
-BAD += [
-    ("env_id", env_id) for env_id in ("NoSuchThing-v0", "no_such_module:Thing-v0", "", "CartPole-v1", "FrozenLake-v1")
-]
-BAD += [("env_id", "DictObservations-v0"), ("env_id", "UnboundedActions-v0")]
+BAD += [("learning_starts", TINY["total_timesteps"]), ("num_envs", TINY["buffer_size"] + 1)]
+BAD += [("target_kl", 0.7), ("buffer_size", 10**12)]
+BAD_IDS = ["NoSuchThing-v0", "no_such_module:Thing-v0", "", "CartPole-v1", "FrozenLake-v1"]
+BAD_IDS += ["SequenceObservations-v0", "UnboundedActions-v0", "MatrixActions-v0"]
+BAD_IDS += ["DictActions-v0", "FailsAtOnce-v0"]
+BAD += [("env_id", env_id) for env_id in BAD_IDS]
 
 
 @pytest.mark.parametrize(("flag", "value"), BAD)
-def test_bad_input_ends_in_one_line_that_names_the_flag_and_writes_nothing(tmp_path, monkeypatch, capsys, flag, value):
+def test_bad_input_ends_in_one_line_that_names_the_flag_and_writes_nothing(
+    tmp_path, monkeypatch, capsys, flag, value
+):
     monkeypatch.chdir(tmp_path)
-    script = SCRIPTS["neg"]
     with pytest.raises(SystemExit) as stop:
-        script.main(script.Args(**TINY | {flag: value}))
+        GEMPO.main(GEMPO.Args(**TINY | {flag: value}))
     message = stop.value.code  # a string: Python prints it on stderr and exits with 1
     assert isinstance(message, str) and "\n" not in message
     assert message.startswith(f"--{flag.replace('_', '-')} ") and str(value) in message
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("env_id", "what"),
+    [
+        ("SequenceObservations-v0", r"observations Sequence\(.*FlattenObservation"),
+        ("UnboundedActions-v0", r"actions Box\(-inf, inf, \(1,\), float32\).*ActionWrapper"),
+        ("MatrixActions-v0", r"actions Box\(-1.0, 1.0, \(2, 3\), float32\).*ActionWrapper"),
+        ("DictActions-v0", r"actions Dict\('torque'.*ActionWrapper"),
+        ("CartPole-v1", r"actions Discrete\(2\).*ActionWrapper"),
+        ("FailsAtOnce-v0", "fails: no licence for this simulator"),
+    ],
+)
+def test_the_space_that_fails_is_named_with_a_cure(env_id, what):
+    with pytest.raises(SystemExit, match=rf"^--env-id {env_id} .*{what}"):
+        GEMPO.make_env(env_id)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_tracking_without_wandb_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^--track must be off: wandb is not installed"):
-        SCRIPTS["neg"].main(SCRIPTS["neg"].Args(track=True))
+        GEMPO.main(GEMPO.Args(track=True))
     assert not list(tmp_path.iterdir())
 
 
+def test_wandb_follows_the_tensorboard_writer_and_goes_on_with_a_resumed_run(tmp_path, monkeypatch):
+    """By the documented argument of wandb.init, which must come before the writer is made."""
+    monkeypatch.chdir(tmp_path)
+    calls, wandb = [], types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+    def init(**arguments):
+        assert not list(tmp_path.glob("runs/*/events*"))
+        calls.append(arguments)
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = GEMPO.Args(track=True, wandb_entity="team")
+    GEMPO.check_args(args)
+    with GEMPO.RunFolder(args, 0):
+        pass
+    (call,) = calls
+    assert call["sync_tensorboard"] and call["resume"] == "allow" and call["entity"] == "team"
+    assert call["name"] == call["id"] == only_run(tmp_path).name
+    assert call["config"] == asdict(args)
+
+
 @pytest.mark.parametrize(
-    "words", [["--gamma", "1.5"], ["--env-id", "NoSuchThing-v0"], ["--batch-size", "many"]], ids=" ".join
+    "words",
+    [["--gamma", "1.5"], ["--env-id", "NoSuchThing-v0"], ["--batch-size", "many"]],
+    ids=" ".join,
 )
 def test_a_program_with_bad_input_fails_without_a_traceback(tmp_path, words):
     command = [sys.executable, str(ROOT / "gempo_neg.py"), *words]
@@ -329,8 +712,50 @@ def test_a_program_with_bad_input_fails_without_a_traceback(tmp_path, words):
 def test_one_particle_and_two_environments_and_many_updates_learn_finitely(tmp_path, monkeypatch):
     """With one particle all weights are one and the KL budget is zero."""
     monkeypatch.chdir(tmp_path)
-    script, flags = SCRIPTS["neg"], dict(env_id="Counting-v0", num_particles=1, num_envs=2, updates_per_step=3)
+    flags = dict(env_id="Counting-v0", num_particles=1, num_envs=2, updates_per_step=3)
     flags |= dict(total_timesteps=20, learning_starts=10, eval_frequency=0)
-    agent = script.main(script.Args(**TINY | flags))
+    agent = GEMPO.main(GEMPO.Args(**TINY | flags))
     assert agent.num_updates == 5 * 2 * 3
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(agent.params))
+
+
+def test_the_list_of_mutants_fits_the_scripts():
+    """Each text is found once, and what replaces it is Python; mutants.py runs them."""
+    mutants.check_list()
+    assert len(mutants.MUTANTS) >= 70
+
+
+# -------------------------------------------------- progress -------------------------------------------------
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with GEMPO.RunFolder(GEMPO.Args(total_timesteps=10_000_000, num_envs=2), 0) as run:
+        yield run
+
+
+def test_speed_is_the_median_of_the_last_steps_without_the_slow_ones(run_folder):
+    assert run_folder.speed() == {}
+    run_folder.durations.extend([0.1, 9.0, 0.1])
+    assert run_folder.speed() == {"charts/SPS": pytest.approx(20)}  # 2 environments
+
+
+def test_a_line_is_printed_every_half_minute(run_folder, capsys):
+    run_folder.is_long_run_announced = True
+    capsys.readouterr()
+    run_folder.show_progress(20_000)
+    assert capsys.readouterr().out == ""
+    run_folder.line_time -= 31
+    run_folder.show_progress(20_002)
+    run_folder.show_progress(20_004)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("step 20,002 of 10,000,000, ")]
+    assert not [line for line in lines if "20,004" in line]
+
+
+def test_a_long_run_without_an_accelerator_is_announced_once(run_folder, capsys):
+    run_folder.durations.append(0.9)
+    capsys.readouterr()
+    run_folder.announce_long_run(0)
+    run_folder.announce_long_run(2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "about 1250 hours" in line and "README" in line  # 5,000,000 steps of 0.9 s

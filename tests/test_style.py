@@ -11,5 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.mark.parametrize("command", (["check"], ["format", "--check"]))
 def test_ruff_finds_nothing(command):
-    result = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,1170 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "flax", "gymnasium[mujoco]>=1.1", "jax>=0.5", "mujoco>=3.3,<3.16", "optax", "tensorboard",
+#     "tqdm", "tyro>=0.9",
+# ]
+# ///
+"""QSM: Q-score matching. A baseline for GeMPO.
+
+Paper: "Learning a Diffusion Model Policy from Rewards via Q-Score Matching", Psenka, Escontrela,
+Abbeel and Ma, 2023, arXiv 2312.11752. The score of the policy is fitted to the gradient of Q by the
+action. Replayed actions a are diffused to a random time, a_t = alpha_t a + sigma_t eps, and the
+network is told the noise that would be there if Q's gradient were the score:
+
+    G = d/da mean_j Q'_j(s, a) at a_t
+    e* = -sigma_t G / (T mean|G|),  the mean over B and d
+    actor:    mean over B and d of (eps_hat(a_t, t, s) - e*)^2
+    critics:  y = r + gamma (1 - terminated) min_j Q'_j(s', a'),  a' a sample of the policy
+
+So -e*/sigma_t is the score of the Boltzmann policy exp(Q / temperature) at a temperature of T times
+the batch's mean gradient, used at every level of noise, also where it is not the score of the
+noised density: the samples are narrower than that policy even where the fit is perfect.
+
+Training plays clip(sample + 0.1 xi, -1, 1), evaluation the best of 10 samples by min_j Q_j.
+
+Settings: those of github.com/typoverflow/flow-rl, from which the QSM row of GeMPO's Table 2 most
+likely comes. The authors' code differs: e* = -M G with M = 50 (--gradient-scale 50), the gradient of
+the online critics, 5 steps of a variance-preserving schedule, a noised a', one sample in evaluation.
+flow-rl does not clip the noised actions of training, and takes G from critics just updated; here
+all is computed at the parameters before the update.
+
+Usage: `python qsm.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
+environments, replay buffer, networks, diffusion, loop, log and checkpoints: the diff of the two
+files is the algorithm.
+
+Shapes: B states of a batch, E environments, K samples of which the best is chosen, T steps of the
+sampler, d action dimensions.
+"""
+
+import collections
+import gzip
+import importlib.util
+import io
+import math
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import cloudpickle
+import flax.linen as nn
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
+
+# =========================================== ARGUMENTS ===========================================
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What learning and acting depend on. An agent knows its own; they are compiled into it."""
+
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate at which the target critics follow the critics
+    batch_size: int = 256  # states per update (B)
+    updates_per_step: int = 1  # updates per environment step
+    policy_lr: float = 3e-4  # learning rate of the actor
+    q_lr: float = 3e-4  # learning rate of the critics
+    hidden_dim: int = 256  # width of the hidden layers of actor and critics
+    diffusion_steps: int = 20  # denoising steps of the sampler (T)
+    temperature: float = 0.1  # of the policy, in units of the batch's mean gradient of Q
+    gradient_scale: float | None = None  # target -M dQ/da as the authors', without the above; M
+    exploration_noise: float = 0.1  # standard deviation of the noise added to actions in training
+    reward_scale: float = 1.0  # factor on the rewards that the critics learn from
+    eval_best_of: int = 10  # samples per action in evaluation; the critics choose
+
+
+@dataclass(frozen=True)
+class Args(Hyperparameters):
+    """The flags of a run, those of learning among them."""
+
+    exp_name: str = "qsm"  # name of this experiment
+    seed: int = 1  # seed of everything; a run repeats exactly on the same machine
+    track: bool = False  # whether to track this experiment with Weights and Biases
+    wandb_project_name: str = "gempo"  # project name at wandb
+    wandb_entity: str | None = None  # entity (team) of the wandb project
+    capture_video: bool = False  # whether to record an episode of each evaluation
+    save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
+    checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
+    resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
+    num_envs: int = 1  # environments stepped side by side (E)
+    total_timesteps: int = 1_000_000  # environment steps in all, counted over all environments
+    learning_starts: int = 5_000  # environment steps with random actions (at least one) at first
+    buffer_size: int = 1_000_000  # capacity of the replay buffer in transitions
+    eval_frequency: int = 10_000  # environment steps between two evaluations; 0: none
+    eval_episodes: int = 10  # episodes per evaluation
+
+
+COUNTS = ("batch_size", "updates_per_step", "hidden_dim", "diffusion_steps")
+COUNTS += ("eval_best_of", "num_envs", "total_timesteps", "buffer_size", "eval_episodes")
+NATURALS = ("seed", "checkpoint_frequency", "learning_starts", "eval_frequency")
+POSITIVES = ("policy_lr", "q_lr", "temperature", "reward_scale")
+
+
+def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
+    """Exit with one line that names the flag and what it may be, unless `is_allowed`."""
+    if not is_allowed:
+        name = flag.replace("_", "-")
+        raise SystemExit(f"--{name} must be {allowed}, got {getattr(args, flag)}")
+
+
+def check_args(args: Args) -> None:
+    """Exit with one line if a flag is out of its range."""
+    for flag in COUNTS:
+        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
+    for flag in NATURALS:
+        require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
+    for flag in POSITIVES:
+        require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
+    for flag in ("gamma", "tau"):
+        require(args, flag, 0 <= getattr(args, flag) <= 1, "a number from 0 to 1")
+    noise = args.exploration_noise
+    require(args, "exploration_noise", 0 <= noise < math.inf, "finite and at least 0")
+    if args.gradient_scale is not None:
+        is_allowed = 0 < args.gradient_scale < math.inf
+        require(args, "gradient_scale", is_allowed, "a finite number above 0")
+    below = f"below --total-timesteps, {args.total_timesteps}"
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
+    at_most = f"at most --buffer-size, {args.buffer_size}"
+    require(args, "num_envs", args.num_envs <= args.buffer_size, at_most)
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
+
+
+def learning_part(args: Args) -> Hyperparameters:
+    """The flags that learning depends on."""
+    values = {field.name: getattr(args, field.name) for field in fields(Hyperparameters)}
+    return Hyperparameters(**values)
+
+
+# ========================================== ENVIRONMENT ==========================================
+def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
+    """An environment with flat observations and actions in [-1, 1]^d.
+
+    Observations of any space that gymnasium can flatten into a Box are flattened (Dict, Tuple,
+    ...); actions are scaled. With a `video_folder`, every episode is recorded there. Exits with one
+    line that says what fails if the environment cannot be made or has no such form.
+    """
+    allow_local_modules(env_id)
+    try:
+        if video_folder is None:
+            env = gym.make(env_id)
+        else:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()  # where nothing can be drawn it fails here, not in the first evaluation
+            env = gym.wrappers.RecordVideo(
+                env, video_folder, episode_trigger=lambda episode: True, disable_logger=True
+            )
+        env = gym.wrappers.FlattenObservation(env)
+    except Exception as error:  # of any kind: the environment may be the user's own
+        flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
+        raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(obs_space, gym.spaces.Box):
+        raise SystemExit(
+            f"--env-id {env_id} has observations {obs_space}, of which gymnasium's "
+            "FlattenObservation cannot make a Box: wrap the environment"
+        )
+    is_box = isinstance(action_space, gym.spaces.Box)
+    if not (is_box and len(action_space.shape) == 1 and action_space.is_bounded()):
+        raise SystemExit(
+            f"--env-id {env_id} has actions {action_space}, which must be a bounded Box with one "
+            "axis: wrap the environment in a gymnasium.ActionWrapper"
+        )
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    # Bounds in float32, or the rescaled space's actions would be float64.
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def allow_local_modules(env_id: str) -> None:
+    """Let an environment's id `module:id` name a module in the working directory."""
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """`num_envs` environments side by side; one that ends an episode is reset in the same step.
+
+    By default gymnasium spends the next step on the reset and ignores its action, which would make
+    a false transition.
+    """
+    constructors = [partial(make_env, env_id)] * num_envs
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv(constructors, autoreset_mode=same_step)
+
+
+def episode_charts(infos: dict, index: int) -> dict[str, float]:
+    """Return and length of the episode that environment `index` has just ended.
+
+    An environment may put scalars of its own into info["charts"] at an episode's last step; they
+    are logged beside these.
+    """
+    final = infos["final_info"]
+    charts = {
+        "charts/episodic_return": final["episode"]["r"][index],
+        "charts/episodic_length": final["episode"]["l"][index],
+    }
+    own_charts = final.get("charts", {})
+    for name, values in own_charts.items():
+        reported = own_charts.get(f"_{name}")  # gymnasium's mask: which environments have the value
+        if reported is not None and reported[index]:
+            charts[f"charts/{name}"] = values[index]
+    return charts
+
+
+# =========================================== NETWORKS ============================================
+ORTHOGONAL = nn.initializers.orthogonal(math.sqrt(2))  # of every layer, as in the released code
+Dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
+TIME_DIM = 64  # width of the time features (released code)
+STATE_DIM = 128  # width of the state features (released code)
+
+
+def mish(x: jax.Array) -> jax.Array:
+    """Mish, x tanh(log(1 + e^x)), as x - 2x / (e^2x + 2e^x + 2): one exponential."""
+    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20 mish(x) is x; the gradient would overflow at 44
+    return x - 2.0 * x / (e * (e + 2.0) + 2.0)
+
+
+class Actor(nn.Module):
+    """The denoiser eps_hat(x_t, t, s): an MLP 3x256 on [x_t, f(t), g(s)].
+
+    The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
+    then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a time, and not
+    for every particle at every time: 36% fewer multiply-adds at the default sizes.
+    """
+
+    action_dim: int
+    hidden_dim: int = 256
+    dot: Any = jax.lax.dot_general  # the product of the hidden layers
+
+    def setup(self):
+        width = self.hidden_dim
+        self.frequencies = self.param("frequencies", nn.initializers.normal(0.2), (TIME_DIM // 2,))
+        self.time_features = nn.Sequential([Dense(TIME_DIM), mish, Dense(TIME_DIM), mish])
+        self.obs_features = nn.Sequential([Dense(STATE_DIM), mish, Dense(STATE_DIM), mish])
+        # One matrix W = [W_x, W_t, W_s], orthogonal as a whole, as that of a first layer would be.
+        inputs = self.action_dim + TIME_DIM + STATE_DIM
+        kernel = self.param("first_kernel", ORTHOGONAL, (inputs, width))
+        splits = [self.action_dim, self.action_dim + TIME_DIM]
+        self.kernel_x, self.kernel_t, self.kernel_s = jnp.split(kernel, splits)
+        self.first_bias = self.param("first_bias", nn.initializers.zeros, (width,))
+        self.hidden_1 = Dense(width, dot_general=self.dot)
+        self.hidden_2 = Dense(width, dot_general=self.dot)
+        self.output = Dense(self.action_dim)
+
+    def embed_time(self, t):
+        """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned frequencies, 2 layers."""
+        angles = 2 * jnp.pi * t * self.frequencies
+        fourier = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.time_features(fourier) @ self.kernel_t + self.first_bias
+
+    def embed_obs(self, obs):
+        """W_s g(s) (..., hidden_dim) at observations (..., obs_dim); g: 2 layers."""
+        return self.obs_features(obs) @ self.kernel_s
+
+    def denoise(self, x, time_embedding, obs_embedding):
+        """eps_hat (..., d) at x (..., d); the embeddings broadcast over the leading axes."""
+        h = mish(x @ self.kernel_x + (time_embedding + obs_embedding))
+        h = h.reshape(-1, self.hidden_dim)  # products of 3 axes have slow gradients on a CPU
+        h = mish(self.hidden_1(h))
+        h = mish(self.hidden_2(h))
+        return self.output(h).reshape(x.shape)
+
+    def __call__(self, x, t, obs):
+        """eps_hat (..., d) at noisy actions x (..., d), times t (..., 1) and obs (..., obs_dim)."""
+        return self.denoise(x, self.embed_time(t), self.embed_obs(obs))
+
+
+class Critic(nn.Module):
+    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), broadcast."""
+
+    hidden_dim: int = 256
+
+    @nn.compact
+    def __call__(self, obs, actions):
+        # The first layer on [s, a] is a sum: W_s s is computed once for all actions of a state.
+        obs_dim = obs.shape[-1]
+        inputs = obs_dim + actions.shape[-1]
+        kernel = self.param("first_kernel", ORTHOGONAL, (inputs, self.hidden_dim))
+        bias = self.param("first_bias", nn.initializers.zeros, (self.hidden_dim,))
+        h = nn.relu((obs @ kernel[:obs_dim] + bias) + actions @ kernel[obs_dim:])
+        leading = h.shape[:-1]
+        h = h.reshape(-1, self.hidden_dim)
+        h = nn.relu(Dense(self.hidden_dim)(h))
+        return Dense(1)(h).reshape(leading)
+
+
+# Two critics with parameters of their own on the same inputs: values (2, ...).
+TwinCritic = nn.vmap(
+    Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
+)
+
+
+# =========================================== DIFFUSION ===========================================
+T_MIN, T_MAX = 0.001, 0.9946  # (released code); at t = 1 the schedule would leave no signal
+
+
+def noise_schedule(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, at t in [0, 1] (cosine schedule).
+
+    alpha_t = cos(u_t) / cos(u_0) with u_t = pi/2 (t + .008) / 1.008, and sigma_t^2 = 1 - alpha_t^2,
+    written as a product of sines, cos^2 u_0 - cos^2 u = sin(u - u_0) sin(u + u_0), so that nothing
+    cancels where t is small.
+    """
+    u_0 = math.pi / 2 * 0.008 / 1.008
+    rise = math.pi / 2 * t / 1.008  # u_t - u_0
+    alpha = jnp.cos(u_0 + rise) / math.cos(u_0)
+    sigma = jnp.sqrt(jnp.sin(rise) * jnp.sin(rise + 2 * u_0)) / math.cos(u_0)
+    return alpha, sigma
+
+
+def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Diffuse actions (..., d) to uniform times: x_t (..., d), t (..., 1) and eps (..., d)."""
+    t_key, eps_key = jax.random.split(key)
+    t = jax.random.uniform(t_key, (*actions.shape[:-1], 1), minval=T_MIN, maxval=T_MAX)
+    eps = jax.random.normal(eps_key, actions.shape)
+    alpha, sigma = noise_schedule(t)
+    return alpha * actions + sigma * eps, t, eps
+
+
+class DenoisingStep(NamedTuple):
+    """What the sampler needs for its step from time t_i to t_{i-1}; stacked over i = 1..T."""
+
+    alpha: jax.Array  # alpha and sigma at t_i
+    sigma: jax.Array
+    x_0_weight: jax.Array  # the mean of x_{i-1} is x_0_weight x_0 + x_weight x_i
+    x_weight: jax.Array
+    noise_std: jax.Array  # sqrt(beta_i), and none in the last step
+    time_embedding: jax.Array
+    key: jax.Array
+
+
+def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
+    """Draw actions (B, num_samples, d) in [-1, 1] at observations (B, obs_dim).
+
+    Ancestral DDPM sampling on a uniform grid of times t_T = T_MAX, ..., t_0 = T_MIN: noise was added
+    by x_i = a_i x_{i-1} + sqrt(beta_i) eps, so it is taken away by the mean of x_{i-1} given x_i and
+    the predicted x_0, which is clipped to the box of actions; the noise of a step back has the
+    standard deviation sqrt(beta_i) (released code). The action is the mean at t_0.
+    """
+    times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
+    alpha, sigma = noise_schedule(times)
+    a = alpha[1:] / alpha[:-1]
+    beta = 1 - a**2  # since alpha^2 + sigma^2 = 1
+    keys = jax.random.split(key, num_steps + 1)
+    # Arrays over i = 1..T; the scan goes through them backwards.
+    steps = DenoisingStep(
+        alpha=alpha[1:],
+        sigma=sigma[1:],
+        x_0_weight=alpha[:-1] * beta / sigma[1:] ** 2,
+        x_weight=a * sigma[:-1] ** 2 / sigma[1:] ** 2,
+        noise_std=jnp.sqrt(beta).at[0].set(0.0),  # none in the last step
+        time_embedding=actor.apply(params, times[1:, None], method="embed_time"),
+        key=keys[1:],
+    )
+    obs_embedding = actor.apply(params, obs[:, None], method="embed_obs")  # (B, 1, hidden_dim)
+
+    def denoising_step(x, step: DenoisingStep):
+        eps_hat = actor.apply(params, x, step.time_embedding, obs_embedding, method="denoise")
+        x_0 = jnp.clip((x - step.sigma * eps_hat) / step.alpha, -1.0, 1.0)
+        mean = step.x_0_weight * x_0 + step.x_weight * x
+        return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
+
+    x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
+    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
+    return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
+
+
+# ======================================== SCORE MATCHING =========================================
+# The sampler takes eps_hat for the noise in x_t, that is for -sigma_t times the score. Dividing by
+# the mean size of the gradients makes the target independent of the scale of Q.
+
+
+def action_gradients(agent: "Agent", obs: jax.Array, actions: jax.Array) -> jax.Array:
+    """The gradient (B, d) by the actions (B, d) of the mean of the target critics."""
+
+    def sum_of_values(actions):  # a sum over independent rows: its gradient holds theirs
+        q_values = agent.critic.apply(agent.slow_params["critic"], obs, actions)
+        return q_values.mean(axis=0).sum()
+
+    return jax.grad(sum_of_values)(actions)
+
+
+def score_targets(gradients: jax.Array, sigma: jax.Array, args: Hyperparameters) -> jax.Array:
+    """What eps_hat is to be (B, d): at gradients (B, d) of Q, and noise levels sigma (B, 1)."""
+    if args.gradient_scale is not None:
+        return -args.gradient_scale * gradients
+    size = jnp.abs(gradients).mean() + 1e-6
+    return -sigma * gradients / (args.temperature * size)
+
+
+# ========================================= REPLAY BUFFER =========================================
+class Transition(NamedTuple):
+    """Transitions as arrays with one batch axis, of E, B or all rows: obs (E, obs_dim), rewards (E,)."""
+
+    obs: Any
+    actions: Any  # in [-1, 1]
+    rewards: Any
+    next_obs: Any  # the true last observation where an episode ended
+    terminations: Any  # 1.0 where the episode terminated; a truncated one counts as going on
+
+
+class ReplayBuffer(NamedTuple):
+    """A ring of transitions in the device's memory, and how many have ever been written to it."""
+
+    storage: Transition
+    count: jax.Array
+
+
+def create_buffer(capacity: int, obs_dim: int, action_dim: int) -> ReplayBuffer:
+    """An empty buffer of `capacity` transitions, float32."""
+    shapes = Transition((obs_dim,), (action_dim,), (), (obs_dim,), ())
+    storage = Transition(*(jnp.zeros((capacity, *shape)) for shape in shapes))
+    return ReplayBuffer(storage, jnp.zeros((), jnp.int32))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def add_transitions(buffer: ReplayBuffer, transitions: Transition) -> ReplayBuffer:
+    """Write E transitions over the oldest ones, in place: the buffer passed in is gone.
+
+    Raises ValueError for more transitions than the buffer holds.
+    """
+    capacity, rows = len(buffer.storage.rewards), len(transitions.rewards)
+    if rows > capacity:
+        raise ValueError(f"{rows} transitions do not fit into a buffer of {capacity}")
+    places = (buffer.count + jnp.arange(rows)) % capacity
+    storage = jax.tree.map(lambda old, new: old.at[places].set(new), buffer.storage, transitions)
+    return ReplayBuffer(storage, buffer.count + rows)
+
+
+def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Transition:
+    """Draw `batch_size` transitions uniformly, with replacement."""
+    filled = jnp.minimum(buffer.count, len(buffer.storage.rewards))
+    rows = jax.random.randint(key, (batch_size,), 0, filled)
+    return jax.tree.map(lambda stored: stored[rows], buffer.storage)
+
+
+# =========================================== LEARNING ============================================
+class Agent(struct.PyTreeNode):
+    """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
+
+    params: dict  # "actor" and "critic"
+    slow_params: dict  # "critic": the target critics
+    opt_state: Any
+    num_updates: jax.Array
+    args: Hyperparameters = struct.field(pytree_node=False)
+    obs_dim: int = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.action_dim, self.args.hidden_dim)
+
+    @property
+    def critic(self) -> nn.Module:
+        return TwinCritic(self.args.hidden_dim)
+
+
+def make_optimizer(args: Hyperparameters) -> optax.GradientTransformation:
+    """Adam, with a learning rate for each of the two parts of the parameters."""
+    optimizers = {"actor": optax.adam(args.policy_lr), "critic": optax.adam(args.q_lr)}
+    return optax.multi_transform(optimizers, {part: part for part in optimizers})
+
+
+def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> Agent:
+    """A new agent: orthogonal networks, and target critics equal to the critics."""
+    hyperparameters = learning_part(args)
+    actor_key, critic_key = jax.random.split(key)
+    obs, actions, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim)), jnp.zeros((1, 1))
+    params = {
+        "actor": Actor(action_dim, args.hidden_dim).init(actor_key, actions, t, obs),
+        "critic": TwinCritic(args.hidden_dim).init(critic_key, obs, actions),
+    }
+    # A copy: train_step cannot donate an array twice.
+    slow_params = {"critic": jax.tree.map(jnp.copy, params["critic"])}
+    return Agent(
+        params=params,
+        slow_params=slow_params,
+        opt_state=make_optimizer(hyperparameters).init(params),
+        num_updates=jnp.zeros((), jnp.int32),
+        args=hyperparameters,
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+    )
+
+
+def choose_best(agent: Agent, obs: jax.Array, actions: jax.Array) -> jax.Array:
+    """The best (B, d) of actions (B, K, d) at obs (B, obs_dim), by the minimum of the critics."""
+    if actions.shape[1] == 1:
+        return actions[:, 0]
+    q_values = agent.critic.apply(agent.params["critic"], obs[:, None], actions).min(axis=0)
+    best = q_values.argmax(axis=-1)
+    return jnp.take_along_axis(actions, best[:, None, None], axis=1)[:, 0]
+
+
+def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
+    """y = r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,), a' from the current policy."""
+    args = agent.args
+    params, target_params = agent.params["actor"], agent.slow_params["critic"]
+    next_actions = sample_actions(
+        agent.actor, params, batch.next_obs, key, num_samples=1, num_steps=args.diffusion_steps
+    )
+    next_actions = next_actions[:, 0]
+    next_q = agent.critic.apply(target_params, batch.next_obs, next_actions).min(axis=0)
+    return args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+
+def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array) -> jax.Array:
+    """Mean squared TD error of both critics against targets (B,)."""
+    q_values = critic.apply(params, batch.obs, batch.actions)  # (2, B)
+    return jnp.mean((q_values - targets) ** 2)
+
+
+def actor_loss(params, actor: Actor, obs, x_t, t, targets: jax.Array) -> jax.Array:
+    """Mean squared error of eps_hat against targets (B, d); x_t (B, d), t (B, 1)."""
+    eps_hat = actor.apply(params, x_t, t, obs)
+    return jnp.mean((eps_hat - targets) ** 2)
+
+
+def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
+    """One gradient step of critics and actor on B transitions; and scalars to log."""
+    args = agent.args
+    next_key, noise_key = jax.random.split(key)
+    targets = td_targets(agent, batch, next_key)
+    q_values = agent.critic.apply(agent.params["critic"], batch.obs, batch.actions)
+    x_t, t, _ = add_noise(noise_key, batch.actions)
+    _, sigma = noise_schedule(t)
+    gradients = action_gradients(agent, batch.obs, x_t)
+    scores = score_targets(gradients, sigma, args)
+
+    def loss(params):  # the two losses share no parameters, so one gradient of the sum serves both
+        q_loss = critic_loss(params["critic"], agent.critic, batch, targets)
+        pi_loss = actor_loss(params["actor"], agent.actor, batch.obs, x_t, t, scores)
+        return q_loss + pi_loss, {"critic_loss": q_loss, "actor_loss": pi_loss}
+
+    grads, losses = jax.grad(loss, has_aux=True)(agent.params)
+    changes, opt_state = make_optimizer(args).update(grads, agent.opt_state)
+    agent = step_agent(agent, optax.apply_updates(agent.params, changes), opt_state)
+
+    metrics = {f"losses/{name}": value for name, value in losses.items()}
+    metrics["losses/q_values"] = q_values.mean()
+    metrics["charts/gradient_mean"] = jnp.abs(gradients).mean()
+    metrics["charts/target_max"] = jnp.abs(scores).max()
+    metrics["charts/params_norm"] = optax.tree.norm(agent.params)  # NaN if any parameter is
+    return agent, metrics
+
+
+def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
+    """The agent with new parameters, which the target critics follow."""
+    target = agent.slow_params["critic"]
+    slow_params = {"critic": optax.incremental_update(params["critic"], target, agent.args.tau)}
+    num_updates = agent.num_updates + 1
+    return agent.replace(
+        params=params, slow_params=slow_params, opt_state=opt_state, num_updates=num_updates
+    )
+
+
+@partial(jax.jit, static_argnames="num_updates", donate_argnames="agent")
+def learn(agent: Agent, buffer: ReplayBuffer, key, num_updates: int) -> tuple[Agent, dict]:
+    """Make `num_updates` updates on batches of the buffer; the agent, and the mean of the metrics.
+
+    The agent passed in is gone: its arrays are reused (donated). Inside of `train_step` jit and
+    donation of this function mean nothing; they are for calls from outside, as for a fixed dataset.
+    """
+
+    def sample_and_update(agent, key):
+        batch_key, update_key = jax.random.split(key)
+        batch = sample_batch(buffer, batch_key, agent.args.batch_size)
+        return update(agent, batch, update_key)
+
+    agent, metrics = jax.lax.scan(sample_and_update, agent, jax.random.split(key, num_updates))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+@partial(jax.jit, donate_argnames=("agent", "buffer"))
+def train_step(agent: Agent, buffer: ReplayBuffer, transitions: Transition, key, step: int):
+    """The device's work of a step: insert E transitions, then make E * updates_per_step updates.
+
+    Returns agent, buffer and metrics; the agent and the buffer passed in are gone. `key` may be
+    the same at each call, `step` may not.
+    """
+    buffer = add_transitions(buffer, transitions)
+    num_updates = len(transitions.rewards) * agent.args.updates_per_step
+    agent, metrics = learn(agent, buffer, jax.random.fold_in(key, step), num_updates)
+    return agent, buffer, metrics
+
+
+@partial(jax.jit, static_argnames="training")
+def act(agent: Agent, obs: jax.Array, key, step: int, training: bool) -> jax.Array:
+    """Actions (E, d) in [-1, 1] at observations (E, obs_dim).
+
+    In training a noised sample, else the best of `eval_best_of` samples by the critics. `key` may
+    be the same at each call, `step` may not.
+    """
+    args = agent.args
+    num_samples = 1 if training else args.eval_best_of
+    sample_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
+    params = agent.params["actor"]
+    actions = sample_actions(
+        agent.actor, params, obs, sample_key, num_samples, args.diffusion_steps
+    )
+    actions = choose_best(agent, obs, actions)
+    if not training:
+        return actions
+    noise = args.exploration_noise * jax.random.normal(noise_key, actions.shape)
+    return jnp.clip(actions + noise, -1.0, 1.0)
+
+
+# ========================================== EVALUATION ===========================================
+MAX_EVAL_STEPS = 10_000  # an episode that does not end by itself is cut here
+EVAL_SEED_STRIDE = 1_000_003  # keeps the seeds of two evaluations apart
+
+
+def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | None" = None) -> dict:
+    """Play an episode in each environment as `act` does outside of training; the scores to log.
+
+    Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
+    """
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    returns = np.zeros(len(envs))
+    lengths = np.zeros(len(envs), int)
+    running = list(range(len(envs)))
+    key = jax.random.key(seed)
+    for step in range(MAX_EVAL_STEPS):
+        if not running:
+            break
+        if run is not None and run.stop_signal:
+            return {}
+        actions = np.asarray(act(agent, obs, key, step, training=False))
+        for i in running.copy():
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated:
+                running.remove(i)
+    return {
+        "eval/episodic_return": returns.mean(),
+        "eval/episodic_return_std": returns.std(),
+        "eval/episodic_length": lengths.mean(),
+    }
+
+
+# =========================================== TRAINING ============================================
+LOG_FREQUENCY = 100  # environment steps between two entries of the losses
+
+
+class State(NamedTuple):
+    """All that training changes: a checkpoint is one of these, and the flags.
+
+    Resuming is exact because there is nothing else. Random keys are made from the seed and the step
+    (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
+    and random generators (where they can be pickled; a line says so where not); what TensorBoard
+    was told after the checkpoint is dropped and told again. Only an evaluation that a signal cut
+    short is not made up for.
+    """
+
+    step: int  # environment steps made, over all environments
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    obs: np.ndarray  # (E, obs_dim), what the environments show now
+    transitions: Transition | None  # of the last step: they enter the buffer with the next update
+
+
+def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> list[gym.Env]:
+    """An environment for each episode of an evaluation; --capture-video records the first one."""
+    if args.eval_frequency == 0:
+        return []
+    videos = run_folder / "videos" / f"from-step-{first_step}" if args.capture_video else None
+    others = [make_env(args.env_id) for _ in range(args.eval_episodes - 1)]
+    return [make_env(args.env_id, videos), *others]
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of a run: for the networks, for acting and for learning."""
+    init_key, act_key, update_key = jax.random.split(jax.random.key(seed), 3)
+    return init_key, act_key, update_key
+
+
+def create_state(args: Args) -> State:
+    """The beginning of a run; exits with one line if a flag is not allowed."""
+    check_args(args)
+    choose_renderer(args)
+    envs = make_envs(args.env_id, args.num_envs)
+    envs.action_space.seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed)  # environment i gets seed + i
+    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    init_key, _, _ = run_keys(args.seed)
+    agent = create_agent(args, *dims, init_key)
+    try:
+        buffer = create_buffer(args.buffer_size, *dims)
+    except jax.errors.JaxRuntimeError:
+        what = "does not fit into the device's memory"
+        raise SystemExit(f"--buffer-size must be smaller: {args.buffer_size} {what}") from None
+    return State(0, agent, buffer, envs, obs.astype(np.float32), None)
+
+
+def is_due(frequency: int, before: int, after: int) -> bool:
+    """Whether a multiple of `frequency` lies among the steps before+1..after; never if it is 0."""
+    return frequency > 0 and after // frequency > before // frequency
+
+
+def train(args: Args, state: State, run: "RunFolder") -> Agent:
+    """Act, learn, step the environments and log, until `total_timesteps` or a signal."""
+    _, act_key, update_key = run_keys(args.seed)
+    eval_envs = make_eval_envs(args, run.path, state.step)
+    while state.step < args.total_timesteps and not run.stop_signal:
+        before, agent, buffer, envs, obs, transitions = state
+        step = before + args.num_envs  # environment steps made by the end of this round
+        is_learning = before >= args.learning_starts and transitions is not None
+
+        # 1. Act: uniformly at first, then by the policy.
+        if is_learning:
+            actions = act(agent, obs, act_key, before, training=True)
+        else:
+            actions = envs.action_space.sample()
+
+        # 2. Learn. JAX returns before the device is done: np.asarray(actions) below waits for `act`
+        #    alone, which was called first, and the updates run while the CPU steps the environments.
+        #    The price: compared with acting, stepping and then learning, the policy that acts lacks
+        #    the updates that use the last transitions (one update with one environment).
+        if is_learning:
+            agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
+        elif transitions is not None:
+            buffer = add_transitions(buffer, transitions)
+
+        # 3. Step the environments. Only a termination has no future: a truncated episode bootstraps
+        #    from its true last observation; new_obs is then the first one of the next episode.
+        actions = np.asarray(actions)
+        run.require_finite(step, actions=actions)
+        new_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        new_obs, rewards = np.float32(new_obs), np.float32(rewards)
+        next_obs = new_obs.copy()
+        ended = np.flatnonzero(terminations | truncations)
+        for i in ended:
+            next_obs[i] = infos["final_obs"][i]
+        run.require_finite(step, observations=(next_obs, new_obs), rewards=rewards)
+        transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
+        state = State(step, agent, buffer, envs, new_obs, transitions)
+
+        # 4. Once in a while: log, evaluate, save. Only here the loop waits for this round's updates.
+        for i in ended:
+            run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
+        if is_learning and is_due(LOG_FREQUENCY, before, step):
+            scalars = jax.device_get(metrics)
+            run.require_finite(step, **scalars)
+            run.log(step, scalars | run.speed())
+        if is_learning and is_due(args.eval_frequency, before, step):
+            scores = evaluate(agent, eval_envs, args.seed + EVAL_SEED_STRIDE * step, run)
+            run.require_finite(step, **scores)
+            run.log(step, scores)
+        if is_due(args.checkpoint_frequency, before, step):
+            run.save(state)
+        run.show_progress(step)
+    run.finish(state)
+    for env in (state.envs, *eval_envs):
+        env.close()
+    return state.agent
+
+
+def main(args: Args) -> Agent:
+    """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
+    args, state = load_state(args) if args.resume else (args, create_state(args))
+    with RunFolder(args, state.step) as run:
+        agent = train(args, state, run)
+    if run.stop_signal:
+        raise SystemExit(128 + run.stop_signal)
+    return agent
+
+
+# ========================================== RUN FOLDER ===========================================
+# Nothing below is needed to understand the method: log, progress, checkpoints, signals, errors.
+
+
+class RunFolder:
+    """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
+
+    One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
+    `train` ends after the step it is in; a second one ends the process at once.
+    """
+
+    def __init__(self, args: Args, first_step: int):
+        self.args = args
+        self.stop_signal = 0
+        self.saved_step = first_step if args.resume else None
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.path = pathlib.Path(args.resume or f"runs/{name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            start_tracking(args, self.path.name)  # it follows only writers made after it
+            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+        except OSError as error:
+            what = "cannot be written, or another process is writing it"
+            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
+        if args.resume:
+            # TensorBoard drops what earlier files say of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            event = Event(step=first_step + 1, session_log=start)
+        else:
+            event = Event(summary=text_pb("hyperparameters", hyperparameters_table(args)))
+        event.wall_time = time.time()
+        self.writer.add_event(event)
+        self.start_progress(first_step)
+
+    def __enter__(self):
+        self.old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old_handlers[number] = signal.signal(number, self.receive_signal)
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        try:
+            self.writer.close()
+        except OSError as close_error:
+            if error_type is None:
+                raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
+        finally:
+            self.lock.close()
+
+    def receive_signal(self, number, frame):
+        """The first signal asks `train` to stop; a second one ends the process without more ado."""
+        if self.stop_signal:
+            os._exit(128 + number)
+        self.stop_signal = number
+
+    # ------------------------------------------- log -------------------------------------------
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard; a full disk ends the run with one line."""
+        values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in scalars.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        try:
+            self.writer.add_event(event)
+        except OSError as error:
+            self.stop(step, error)
+        if "charts/episodic_return" in scalars:
+            self.shown["return"] = f"{scalars['charts/episodic_return']:.1f}"
+        if "eval/episodic_return" in scalars:
+            self.shown["evaluation"] = f"{scalars['eval/episodic_return']:.1f}"
+            self.print_line(step)
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def require_finite(self, step: int, **values) -> None:
+        """End the run with one line if a value is not finite, before it is used or kept."""
+        for name, arrays in values.items():
+            if not all(np.isfinite(array).all() for array in jax.tree.leaves(arrays)):
+                self.stop(step, f"non-finite {name}")
+
+    def stop(self, step: int, reason) -> None:
+        """Exit with one line that names the step, the reason and the last checkpoint."""
+        saved = "none" if self.saved_step is None else f"step {self.saved_step}"
+        line = f"stopped at step {step}: {one_line(reason)}; last checkpoint: {saved}"
+        raise SystemExit(line) from None
+
+    # ----------------------------------------- progress ----------------------------------------
+    def start_progress(self, first_step: int) -> None:
+        """A bar on a terminal; lines elsewhere."""
+        self.shown = {}  # last episodic return and evaluation
+        self.durations = collections.deque(maxlen=50)  # seconds of the last learning steps
+        self.step_time = self.line_time = time.monotonic()
+        self.is_long_run_announced = False
+        device = jax.devices()[0].device_kind
+        print(f"{self.args.env_id} on {device}: tensorboard --logdir {self.path}", flush=True)
+        self.bar = tqdm(
+            initial=first_step,
+            total=self.args.total_timesteps,
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def speed(self) -> dict[str, float]:
+        """Environment steps per second, by the median of the last 50 steps; empty before learning.
+
+        The median leaves out compiling, evaluations and checkpoints.
+        """
+        if not self.durations:
+            return {}
+        return {"charts/SPS": self.args.num_envs / float(np.median(self.durations))}
+
+    def show_progress(self, step: int) -> None:
+        """Call once a step: moves the bar, or prints a line every 30 seconds."""
+        now = time.monotonic()
+        self.durations.append(now - self.step_time)
+        self.step_time = now
+        if step <= self.args.learning_starts + 2 * self.args.num_envs:
+            self.durations.clear()  # random steps, and the one that compiles
+        if step >= self.args.learning_starts + 100 * self.args.num_envs:
+            self.announce_long_run(step)
+        self.bar.update(step - self.bar.n)
+        if now - self.line_time > 30:
+            self.print_line(step)
+
+    def print_line(self, step: int) -> None:
+        """Where there is no bar, one line: step, last return and evaluation, speed, time left."""
+        self.line_time = time.monotonic()
+        if not self.bar.disable:
+            return
+        total = self.args.total_timesteps
+        parts = [f"step {step:,} of {total:,}"]
+        parts += [f"{name} {value}" for name, value in self.shown.items()]
+        for speed in self.speed().values():
+            left = tqdm.format_interval((total - step) / speed)
+            parts += [f"{speed:.3g} steps/s", f"{left} left"]
+        print(", ".join(parts), flush=True)
+
+    def announce_long_run(self, step: int) -> None:
+        """Say once how long a run without an accelerator will take, if more than an hour."""
+        if self.is_long_run_announced or not self.durations or jax.default_backend() != "cpu":
+            return
+        self.is_long_run_announced = True
+        hours = (self.args.total_timesteps - step) / self.speed()["charts/SPS"] / 3600
+        if hours > 1:
+            line = f"This run will take about {hours:.0f} hours on this CPU; README.md has sizes"
+            tqdm.write(f"{line} for a CPU under 'On a laptop'.", sys.stdout)
+
+    # ---------------------------------------- checkpoints --------------------------------------
+    def save(self, state: State) -> None:
+        """Write checkpoints/{step}; the checkpoint before it is kept, older ones are removed."""
+        content = agent_content(self.args, state.agent) | training_content(state)
+        self.require_finite(state.step, parameters=content["leaves"])
+        folder = self.path / "checkpoints"
+        try:
+            self.writer.flush()  # the log is never behind a checkpoint
+            folder.mkdir(exist_ok=True)
+            write_file(folder / str(state.step), content)
+            for old_step in checkpoint_steps(folder)[:-2]:
+                (folder / str(old_step)).unlink()
+        except OSError as error:
+            self.stop(state.step, error)
+        self.saved_step = state.step
+
+    def finish(self, state: State) -> None:
+        """The last checkpoint, and the saved model."""
+        if self.args.checkpoint_frequency and self.saved_step != state.step:
+            self.save(state)
+        if self.args.save_model:
+            content = agent_content(self.args, state.agent)
+            self.require_finite(state.step, parameters=content["leaves"])
+            try:
+                write_file(self.path / f"{self.args.exp_name}.model", content)
+            except OSError as error:
+                self.stop(state.step, error)
+
+
+def agent_content(args: Args, agent: Agent) -> dict:
+    """What a saved model holds: an agent as plain data, with its flags and dimensions."""
+    return {
+        "script": Args.exp_name,  # the default: the name of this script
+        "args": asdict(args),
+        "obs_dim": agent.obs_dim,
+        "action_dim": agent.action_dim,
+        "leaves": jax.device_get(jax.tree.leaves(agent)),
+    }
+
+
+def training_content(state: State) -> dict:
+    """What a checkpoint holds beside the agent: the rest of the `State` as plain data."""
+    count = int(state.buffer.count)
+    return {
+        "step": state.step,
+        "buffer": [np.asarray(stored)[:count] for stored in state.buffer.storage],  # filled rows
+        "buffer_count": count,
+        "envs": pickle_environments(state.envs),
+        "obs": state.obs,
+        "transitions": None if state.transitions is None else tuple(state.transitions),
+    }
+
+
+def load_content(path: str | pathlib.Path) -> tuple[dict, Args, Agent]:
+    """What a file holds, with its flags and agent; exits with one line if it is of no use here."""
+    path = find_file(pathlib.Path(path))
+    try:
+        with gzip.open(path) as file:
+            content = pickle.loads(file.read())  # read to the end, where the checksum stands
+        if content["script"] != Args.exp_name:
+            raise ValueError(f"it was written by {content['script']}.py")
+        args = Args(**content["args"])
+        create = partial(create_agent, args, content["obs_dim"], content["action_dim"])
+        shapes = jax.eval_shape(create, jax.random.key(0))  # of the leaves; computes nothing
+        expected, structure = jax.tree.flatten(shapes)
+        if [leaf.shape for leaf in expected] != [leaf.shape for leaf in content["leaves"]]:
+            raise ValueError("its networks have other sizes than this script's")
+        agent = jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in content["leaves"]])
+    except Exception as error:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
+    return content, args, agent
+
+
+def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
+    """Flags and agent of a saved model, a checkpoint, or a run's folder (its newest checkpoint).
+
+    The agent is whole: it acts, and it can go on learning. The file is unpickled: load only what
+    you trust. Exits with one line if it cannot be used.
+    """
+    _, args, agent = load_content(path)
+    return args, agent
+
+
+def load_state(args: Args) -> tuple[Args, State]:
+    """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
+    is_alone = args == Args(resume=args.resume)
+    require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    content, saved_args, agent = load_content(args.resume)
+    if "step" not in content:
+        raise SystemExit(
+            f"--resume {args.resume} must hold a checkpoint; it holds a saved model only"
+        )
+    args = replace(saved_args, resume=args.resume)
+    check_args(args)
+    choose_renderer(args)
+    storage = []
+    for rows in content["buffer"]:
+        whole = np.zeros((args.buffer_size, *rows.shape[1:]), np.float32)
+        whole[: len(rows)] = rows
+        storage.append(jnp.array(whole))
+    buffer = ReplayBuffer(Transition(*storage), jnp.int32(content["buffer_count"]))
+    step, transitions = content["step"], content["transitions"]
+    if transitions is not None:
+        transitions = Transition(*transitions)
+    allow_local_modules(args.env_id)
+    try:
+        envs, obs = pickle.loads(content["envs"]), content["obs"]
+    except Exception:  # of any kind; they are None where they could not be pickled
+        print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
+        envs = make_envs(args.env_id, args.num_envs)
+        envs.action_space.seed(args.seed + step)
+        obs, _ = envs.reset(seed=args.seed + step)
+    return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
+
+
+def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
+    """The environments with simulators and random generators; None if one cannot be pickled.
+
+    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept.
+    """
+
+    def set_attributes(env, attributes):
+        vars(env).update(attributes)
+
+    class EnvironmentPickler(cloudpickle.Pickler):
+        def reducer_override(self, value):
+            if isinstance(value, gym.Env):
+                # Constructor, its arguments, state, list and dict items (none), how to set the state.
+                return object.__new__, (type(value),), vars(value), None, None, set_attributes
+            return super().reducer_override(value)
+
+    file = io.BytesIO()
+    try:
+        EnvironmentPickler(file).dump(envs)
+    except Exception:  # of any kind: the environment may be the user's own
+        return None
+    return file.getvalue()
+
+
+def checkpoint_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in ascending order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def find_file(path: pathlib.Path) -> pathlib.Path:
+    """`path` itself if it is a file; of a run's folder the newest checkpoint, else the saved model."""
+    if not path.is_dir():
+        return path
+    steps = checkpoint_steps(path / "checkpoints")
+    files = [path / "checkpoints" / str(step) for step in steps[-1:]] or list(path.glob("*.model"))
+    if not files:
+        raise SystemExit(f"{path} holds no checkpoint and no saved model")
+    return files[0]
+
+
+def write_file(path: pathlib.Path, content: dict) -> None:
+    """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+            pickle.dump(content, gzip_file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_folder(folder: pathlib.Path):
+    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def start_tracking(args: Args, name: str) -> None:
+    """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            save_code=True,
+            resume="allow",
+        )
+
+
+def hyperparameters_table(args: Args) -> str:
+    """The flags as a Markdown table, with the values that learning uses."""
+    flags = asdict(args) | asdict(learning_part(args))
+    rows = [f"|{flag}|{value}|" for flag, value in flags.items()]
+    return "\n".join(["|flag|value|", "|-|-|", *rows])
+
+
+def choose_renderer(args: Args) -> None:
+    """Let MuJoCo render offscreen for --capture-video where there is no display."""
+    has_display = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if args.capture_video and sys.platform == "linux" and not has_display:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+
+
+def one_line(error) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

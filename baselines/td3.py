@@ -1,0 +1,1013 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "flax", "gymnasium[mujoco]>=1.1", "jax>=0.5", "mujoco>=3.3,<3.16", "optax", "tensorboard",
+#     "tqdm", "tyro>=0.9",
+# ]
+# ///
+"""TD3: twin delayed deep deterministic policy gradient. A baseline for GeMPO.
+
+Paper: "Addressing Function Approximation Error in Actor-Critic Methods", Fujimoto, van Hoof and
+Meger, 2018, arXiv 1802.09477. A deterministic policy mu climbs two critics. They learn from the
+smaller of their targets' values at a noised action of the target policy mu', so that a narrow peak
+of one critic's error does not become the truth:
+
+    a' = clip(mu'(s') + clip(0.2 xi, -0.5, 0.5), -1, 1),  xi ~ N(0, I)               (section 5.3)
+    y  = r + gamma (1 - terminated) min_j Q'_j(s', a')                               (section 4.2)
+    critics, at every update:     mean over j and B of (Q_j(s, a) - y)^2
+    actor, at every second one:   mean over j and B of -Q_j(s, mu(s)); then Q' and mu' follow by tau
+
+Training plays clip(mu(s) + 0.1 xi, -1, 1), evaluation mu(s).
+
+Settings: those of github.com/typoverflow/flow-rl, from which the TD3 row of GeMPO's Table 2 most
+likely comes. The authors' code differs: the actor climbs Q_1 alone, 25,000 random steps come first,
+and the loss is the sum over j, which Adam does not see. Both step the actor on the critics just
+updated; here all losses are computed at the parameters before the update.
+
+Usage: `python td3.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
+environments, replay buffer, loop, log and checkpoints: the diff of the two files is the algorithm.
+
+Shapes: B states of a batch, E environments, d action dimensions.
+"""
+
+import collections
+import gzip
+import importlib.util
+import io
+import math
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import cloudpickle
+import flax.linen as nn
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
+
+# =========================================== ARGUMENTS ===========================================
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What learning and acting depend on. An agent knows its own; they are compiled into it."""
+
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate at which the target critics follow the critics
+    batch_size: int = 256  # states per update (B)
+    updates_per_step: int = 1  # updates per environment step
+    policy_lr: float = 3e-4  # learning rate of the actor
+    q_lr: float = 3e-4  # learning rate of the critics
+    hidden_dim: int = 256  # width of the hidden layers of actor and critics
+    policy_delay: int = 2  # updates between two steps of the actor and of the targets
+    target_noise: float = 0.2  # standard deviation of the noise added to the target's action
+    target_noise_clip: float = 0.5  # largest size of that noise
+    exploration_noise: float = 0.1  # standard deviation of the noise added to actions in training
+    reward_scale: float = 1.0  # factor on the rewards that the critics learn from
+
+
+@dataclass(frozen=True)
+class Args(Hyperparameters):
+    """The flags of a run, those of learning among them."""
+
+    exp_name: str = "td3"  # name of this experiment
+    seed: int = 1  # seed of everything; a run repeats exactly on the same machine
+    track: bool = False  # whether to track this experiment with Weights and Biases
+    wandb_project_name: str = "gempo"  # project name at wandb
+    wandb_entity: str | None = None  # entity (team) of the wandb project
+    capture_video: bool = False  # whether to record an episode of each evaluation
+    save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
+    checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
+    resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
+    num_envs: int = 1  # environments stepped side by side (E)
+    total_timesteps: int = 1_000_000  # environment steps in all, counted over all environments
+    learning_starts: int = 5_000  # environment steps with random actions (at least one) at first
+    buffer_size: int = 1_000_000  # capacity of the replay buffer in transitions
+    eval_frequency: int = 10_000  # environment steps between two evaluations; 0: none
+    eval_episodes: int = 10  # episodes per evaluation
+
+
+COUNTS = ("batch_size", "updates_per_step", "hidden_dim", "policy_delay")
+COUNTS += ("num_envs", "total_timesteps", "buffer_size", "eval_episodes")
+NATURALS = ("seed", "checkpoint_frequency", "learning_starts", "eval_frequency")
+POSITIVES = ("policy_lr", "q_lr", "reward_scale")
+
+
+def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
+    """Exit with one line that names the flag and what it may be, unless `is_allowed`."""
+    if not is_allowed:
+        name = flag.replace("_", "-")
+        raise SystemExit(f"--{name} must be {allowed}, got {getattr(args, flag)}")
+
+
+def check_args(args: Args) -> None:
+    """Exit with one line if a flag is out of its range."""
+    for flag in COUNTS:
+        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
+    for flag in NATURALS:
+        require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
+    for flag in POSITIVES:
+        require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
+    for flag in ("gamma", "tau"):
+        require(args, flag, 0 <= getattr(args, flag) <= 1, "a number from 0 to 1")
+    for flag in ("target_noise", "target_noise_clip", "exploration_noise"):
+        require(args, flag, 0 <= getattr(args, flag) < math.inf, "finite and at least 0")
+    below = f"below --total-timesteps, {args.total_timesteps}"
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
+    at_most = f"at most --buffer-size, {args.buffer_size}"
+    require(args, "num_envs", args.num_envs <= args.buffer_size, at_most)
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
+
+
+def learning_part(args: Args) -> Hyperparameters:
+    """The flags that learning depends on."""
+    values = {field.name: getattr(args, field.name) for field in fields(Hyperparameters)}
+    return Hyperparameters(**values)
+
+
+# ========================================== ENVIRONMENT ==========================================
+def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
+    """An environment with flat observations and actions in [-1, 1]^d.
+
+    Observations of any space that gymnasium can flatten into a Box are flattened (Dict, Tuple,
+    ...); actions are scaled. With a `video_folder`, every episode is recorded there. Exits with one
+    line that says what fails if the environment cannot be made or has no such form.
+    """
+    allow_local_modules(env_id)
+    try:
+        if video_folder is None:
+            env = gym.make(env_id)
+        else:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()  # where nothing can be drawn it fails here, not in the first evaluation
+            env = gym.wrappers.RecordVideo(
+                env, video_folder, episode_trigger=lambda episode: True, disable_logger=True
+            )
+        env = gym.wrappers.FlattenObservation(env)
+    except Exception as error:  # of any kind: the environment may be the user's own
+        flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
+        raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(obs_space, gym.spaces.Box):
+        raise SystemExit(
+            f"--env-id {env_id} has observations {obs_space}, of which gymnasium's "
+            "FlattenObservation cannot make a Box: wrap the environment"
+        )
+    is_box = isinstance(action_space, gym.spaces.Box)
+    if not (is_box and len(action_space.shape) == 1 and action_space.is_bounded()):
+        raise SystemExit(
+            f"--env-id {env_id} has actions {action_space}, which must be a bounded Box with one "
+            "axis: wrap the environment in a gymnasium.ActionWrapper"
+        )
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    # Bounds in float32, or the rescaled space's actions would be float64.
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def allow_local_modules(env_id: str) -> None:
+    """Let an environment's id `module:id` name a module in the working directory."""
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """`num_envs` environments side by side; one that ends an episode is reset in the same step.
+
+    By default gymnasium spends the next step on the reset and ignores its action, which would make
+    a false transition.
+    """
+    constructors = [partial(make_env, env_id)] * num_envs
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv(constructors, autoreset_mode=same_step)
+
+
+def episode_charts(infos: dict, index: int) -> dict[str, float]:
+    """Return and length of the episode that environment `index` has just ended.
+
+    An environment may put scalars of its own into info["charts"] at an episode's last step; they
+    are logged beside these.
+    """
+    final = infos["final_info"]
+    charts = {
+        "charts/episodic_return": final["episode"]["r"][index],
+        "charts/episodic_length": final["episode"]["l"][index],
+    }
+    own_charts = final.get("charts", {})
+    for name, values in own_charts.items():
+        reported = own_charts.get(f"_{name}")  # gymnasium's mask: which environments have the value
+        if reported is not None and reported[index]:
+            charts[f"charts/{name}"] = values[index]
+    return charts
+
+
+# =========================================== NETWORKS ============================================
+ORTHOGONAL = nn.initializers.orthogonal(math.sqrt(2))  # of every layer, as in the siblings
+Dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
+
+
+class Actor(nn.Module):
+    """The action mu(s) (..., d) in [-1, 1], an MLP 2x256 ReLU, at obs (..., obs_dim)."""
+
+    action_dim: int
+    hidden_dim: int = 256
+
+    @nn.compact
+    def __call__(self, obs):
+        h = nn.relu(Dense(self.hidden_dim)(obs))
+        h = nn.relu(Dense(self.hidden_dim)(h))
+        return jnp.tanh(Dense(self.action_dim)(h))
+
+
+class Critic(nn.Module):
+    """Q(s, a) (...), an MLP 2x256 ReLU, at obs (..., obs_dim) and actions (..., d), broadcast."""
+
+    hidden_dim: int = 256
+
+    @nn.compact
+    def __call__(self, obs, actions):
+        # The first layer on [s, a] is a sum: W_s s is computed once for all actions of a state.
+        obs_dim = obs.shape[-1]
+        inputs = obs_dim + actions.shape[-1]
+        kernel = self.param("first_kernel", ORTHOGONAL, (inputs, self.hidden_dim))
+        bias = self.param("first_bias", nn.initializers.zeros, (self.hidden_dim,))
+        h = nn.relu((obs @ kernel[:obs_dim] + bias) + actions @ kernel[obs_dim:])
+        leading = h.shape[:-1]
+        h = h.reshape(-1, self.hidden_dim)
+        h = nn.relu(Dense(self.hidden_dim)(h))
+        return Dense(1)(h).reshape(leading)
+
+
+# Two critics with parameters of their own on the same inputs: values (2, ...).
+TwinCritic = nn.vmap(
+    Critic, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
+)
+
+
+# ========================================= REPLAY BUFFER =========================================
+class Transition(NamedTuple):
+    """Transitions as arrays with one batch axis, of E, B or all rows: obs (E, obs_dim), rewards (E,)."""
+
+    obs: Any
+    actions: Any  # in [-1, 1]
+    rewards: Any
+    next_obs: Any  # the true last observation where an episode ended
+    terminations: Any  # 1.0 where the episode terminated; a truncated one counts as going on
+
+
+class ReplayBuffer(NamedTuple):
+    """A ring of transitions in the device's memory, and how many have ever been written to it."""
+
+    storage: Transition
+    count: jax.Array
+
+
+def create_buffer(capacity: int, obs_dim: int, action_dim: int) -> ReplayBuffer:
+    """An empty buffer of `capacity` transitions, float32."""
+    shapes = Transition((obs_dim,), (action_dim,), (), (obs_dim,), ())
+    storage = Transition(*(jnp.zeros((capacity, *shape)) for shape in shapes))
+    return ReplayBuffer(storage, jnp.zeros((), jnp.int32))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def add_transitions(buffer: ReplayBuffer, transitions: Transition) -> ReplayBuffer:
+    """Write E transitions over the oldest ones, in place: the buffer passed in is gone.
+
+    Raises ValueError for more transitions than the buffer holds.
+    """
+    capacity, rows = len(buffer.storage.rewards), len(transitions.rewards)
+    if rows > capacity:
+        raise ValueError(f"{rows} transitions do not fit into a buffer of {capacity}")
+    places = (buffer.count + jnp.arange(rows)) % capacity
+    storage = jax.tree.map(lambda old, new: old.at[places].set(new), buffer.storage, transitions)
+    return ReplayBuffer(storage, buffer.count + rows)
+
+
+def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Transition:
+    """Draw `batch_size` transitions uniformly, with replacement."""
+    filled = jnp.minimum(buffer.count, len(buffer.storage.rewards))
+    rows = jax.random.randint(key, (batch_size,), 0, filled)
+    return jax.tree.map(lambda stored: stored[rows], buffer.storage)
+
+
+# =========================================== LEARNING ============================================
+class Agent(struct.PyTreeNode):
+    """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
+
+    params: dict  # "actor" and "critic"
+    slow_params: dict  # "actor" and "critic": their targets
+    opt_state: dict  # "actor" and "critic"
+    num_updates: jax.Array
+    args: Hyperparameters = struct.field(pytree_node=False)
+    obs_dim: int = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.action_dim, self.args.hidden_dim)
+
+    @property
+    def critic(self) -> nn.Module:
+        return TwinCritic(self.args.hidden_dim)
+
+
+def make_optimizers(args: Hyperparameters) -> dict[str, optax.GradientTransformation]:
+    """Adam for actor and critics, each on its own: they do not step equally often."""
+    return {"actor": optax.adam(args.policy_lr), "critic": optax.adam(args.q_lr)}
+
+
+def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> Agent:
+    """A new agent: orthogonal networks, and targets equal to them."""
+    hyperparameters = learning_part(args)
+    actor_key, critic_key = jax.random.split(key)
+    obs, actions = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    params = {
+        "actor": Actor(action_dim, args.hidden_dim).init(actor_key, obs),
+        "critic": TwinCritic(args.hidden_dim).init(critic_key, obs, actions),
+    }
+    optimizers = make_optimizers(hyperparameters)
+    return Agent(
+        params=params,
+        slow_params=jax.tree.map(jnp.copy, params),  # train_step cannot donate an array twice
+        opt_state={part: optimizers[part].init(params[part]) for part in params},
+        num_updates=jnp.zeros((), jnp.int32),
+        args=hyperparameters,
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+    )
+
+
+def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
+    """y = r + gamma (1 - terminated) min_j Q'_j(s', a') (B,), a' the target policy's, noised.
+
+    One draw of the noise for both critics, another for each state (target policy smoothing).
+    """
+    args, slow_params = agent.args, agent.slow_params
+    next_actions = agent.actor.apply(slow_params["actor"], batch.next_obs)
+    noise = args.target_noise * jax.random.normal(key, next_actions.shape)
+    noise = jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip)
+    next_actions = jnp.clip(next_actions + noise, -1.0, 1.0)
+    next_q = agent.critic.apply(slow_params["critic"], batch.next_obs, next_actions).min(axis=0)
+    return args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+
+
+def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array) -> jax.Array:
+    """Mean squared TD error of both critics against targets (B,)."""
+    q_values = critic.apply(params, batch.obs, batch.actions)  # (2, B)
+    return jnp.mean((q_values - targets) ** 2)
+
+
+def actor_loss(params, agent: Agent, obs: jax.Array) -> jax.Array:
+    """Minus the mean of both critics' values of mu(s), at obs (B, obs_dim); `params` are mu's.
+
+    The critics are constants: had they a gradient here, they would learn to flatter the actor.
+    """
+    actions = agent.actor.apply(params, obs)
+    return -agent.critic.apply(agent.params["critic"], obs, actions).mean()
+
+
+def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
+    """One gradient step of the critics on B transitions, at times of the actor; scalars to log."""
+    params, opt_state = agent.params, agent.opt_state
+    optimizers = make_optimizers(agent.args)
+
+    # The critics step at every update.
+    targets = td_targets(agent, batch, key)
+    q_values = agent.critic.apply(params["critic"], batch.obs, batch.actions)
+    loss_and_grads = jax.value_and_grad(critic_loss)
+    q_loss, grads = loss_and_grads(params["critic"], agent.critic, batch, targets)
+    changes, critic_state = optimizers["critic"].update(grads, opt_state["critic"])
+    critic_params = optax.apply_updates(params["critic"], changes)
+
+    # The actor steps at the updates 0, 2, 4, ... Between them nothing of it moves; Adam, given a
+    # gradient of zero instead, would go on by its momentum. Its loss is for the log.
+    def step_actor():
+        pi_loss, grads = jax.value_and_grad(actor_loss)(params["actor"], agent, batch.obs)
+        changes, actor_state = optimizers["actor"].update(grads, opt_state["actor"])
+        return optax.apply_updates(params["actor"], changes), actor_state, pi_loss
+
+    def keep_actor():
+        return params["actor"], opt_state["actor"], actor_loss(params["actor"], agent, batch.obs)
+
+    is_actor_due = agent.num_updates % agent.args.policy_delay == 0
+    actor_params, actor_state, pi_loss = jax.lax.cond(is_actor_due, step_actor, keep_actor)
+
+    params = {"actor": actor_params, "critic": critic_params}
+    agent = step_agent(agent, params, {"actor": actor_state, "critic": critic_state})
+    metrics = {
+        "losses/critic_loss": q_loss,
+        "losses/actor_loss": pi_loss,
+        "losses/q_values": q_values.mean(),
+        "charts/params_norm": optax.tree.norm(agent.params),  # NaN if any parameter is
+    }
+    return agent, metrics
+
+
+def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
+    """The agent with new parameters, which the targets follow when the actor steps."""
+    is_actor_due = agent.num_updates % agent.args.policy_delay == 0
+    rate = jnp.where(is_actor_due, agent.args.tau, 0.0)
+    return agent.replace(
+        params=params,
+        slow_params=optax.incremental_update(params, agent.slow_params, rate),
+        opt_state=opt_state,
+        num_updates=agent.num_updates + 1,
+    )
+
+
+@partial(jax.jit, static_argnames="num_updates", donate_argnames="agent")
+def learn(agent: Agent, buffer: ReplayBuffer, key, num_updates: int) -> tuple[Agent, dict]:
+    """Make `num_updates` updates on batches of the buffer; the agent, and the mean of the metrics.
+
+    The agent passed in is gone: its arrays are reused (donated). Inside of `train_step` jit and
+    donation of this function mean nothing; they are for calls from outside, as for a fixed dataset.
+    """
+
+    def sample_and_update(agent, key):
+        batch_key, update_key = jax.random.split(key)
+        batch = sample_batch(buffer, batch_key, agent.args.batch_size)
+        return update(agent, batch, update_key)
+
+    agent, metrics = jax.lax.scan(sample_and_update, agent, jax.random.split(key, num_updates))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+@partial(jax.jit, donate_argnames=("agent", "buffer"))
+def train_step(agent: Agent, buffer: ReplayBuffer, transitions: Transition, key, step: int):
+    """The device's work of a step: insert E transitions, then make E * updates_per_step updates.
+
+    Returns agent, buffer and metrics; the agent and the buffer passed in are gone. `key` may be
+    the same at each call, `step` may not.
+    """
+    buffer = add_transitions(buffer, transitions)
+    num_updates = len(transitions.rewards) * agent.args.updates_per_step
+    agent, metrics = learn(agent, buffer, jax.random.fold_in(key, step), num_updates)
+    return agent, buffer, metrics
+
+
+@partial(jax.jit, static_argnames="training")
+def act(agent: Agent, obs: jax.Array, key, step: int, training: bool) -> jax.Array:
+    """Actions (E, d) in [-1, 1] at observations (E, obs_dim): mu(s), noised in training.
+
+    `key` may be the same at each call, `step` may not.
+    """
+    actions = agent.actor.apply(agent.params["actor"], obs)
+    if not training:
+        return actions
+    noise = jax.random.normal(jax.random.fold_in(key, step), actions.shape)
+    return jnp.clip(actions + agent.args.exploration_noise * noise, -1.0, 1.0)
+
+
+# ========================================== EVALUATION ===========================================
+MAX_EVAL_STEPS = 10_000  # an episode that does not end by itself is cut here
+EVAL_SEED_STRIDE = 1_000_003  # keeps the seeds of two evaluations apart
+
+
+def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | None" = None) -> dict:
+    """Play an episode in each environment as `act` does outside of training; the scores to log.
+
+    Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
+    """
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    returns = np.zeros(len(envs))
+    lengths = np.zeros(len(envs), int)
+    running = list(range(len(envs)))
+    key = jax.random.key(seed)
+    for step in range(MAX_EVAL_STEPS):
+        if not running:
+            break
+        if run is not None and run.stop_signal:
+            return {}
+        actions = np.asarray(act(agent, obs, key, step, training=False))
+        for i in running.copy():
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated:
+                running.remove(i)
+    return {
+        "eval/episodic_return": returns.mean(),
+        "eval/episodic_return_std": returns.std(),
+        "eval/episodic_length": lengths.mean(),
+    }
+
+
+# =========================================== TRAINING ============================================
+LOG_FREQUENCY = 100  # environment steps between two entries of the losses
+
+
+class State(NamedTuple):
+    """All that training changes: a checkpoint is one of these, and the flags.
+
+    Resuming is exact because there is nothing else. Random keys are made from the seed and the step
+    (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
+    and random generators (where they can be pickled; a line says so where not); what TensorBoard
+    was told after the checkpoint is dropped and told again. Only an evaluation that a signal cut
+    short is not made up for.
+    """
+
+    step: int  # environment steps made, over all environments
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    obs: np.ndarray  # (E, obs_dim), what the environments show now
+    transitions: Transition | None  # of the last step: they enter the buffer with the next update
+
+
+def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> list[gym.Env]:
+    """An environment for each episode of an evaluation; --capture-video records the first one."""
+    if args.eval_frequency == 0:
+        return []
+    videos = run_folder / "videos" / f"from-step-{first_step}" if args.capture_video else None
+    others = [make_env(args.env_id) for _ in range(args.eval_episodes - 1)]
+    return [make_env(args.env_id, videos), *others]
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of a run: for the networks, for acting and for learning."""
+    init_key, act_key, update_key = jax.random.split(jax.random.key(seed), 3)
+    return init_key, act_key, update_key
+
+
+def create_state(args: Args) -> State:
+    """The beginning of a run; exits with one line if a flag is not allowed."""
+    check_args(args)
+    choose_renderer(args)
+    envs = make_envs(args.env_id, args.num_envs)
+    envs.action_space.seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed)  # environment i gets seed + i
+    dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    init_key, _, _ = run_keys(args.seed)
+    agent = create_agent(args, *dims, init_key)
+    try:
+        buffer = create_buffer(args.buffer_size, *dims)
+    except jax.errors.JaxRuntimeError:
+        what = "does not fit into the device's memory"
+        raise SystemExit(f"--buffer-size must be smaller: {args.buffer_size} {what}") from None
+    return State(0, agent, buffer, envs, obs.astype(np.float32), None)
+
+
+def is_due(frequency: int, before: int, after: int) -> bool:
+    """Whether a multiple of `frequency` lies among the steps before+1..after; never if it is 0."""
+    return frequency > 0 and after // frequency > before // frequency
+
+
+def train(args: Args, state: State, run: "RunFolder") -> Agent:
+    """Act, learn, step the environments and log, until `total_timesteps` or a signal."""
+    _, act_key, update_key = run_keys(args.seed)
+    eval_envs = make_eval_envs(args, run.path, state.step)
+    while state.step < args.total_timesteps and not run.stop_signal:
+        before, agent, buffer, envs, obs, transitions = state
+        step = before + args.num_envs  # environment steps made by the end of this round
+        is_learning = before >= args.learning_starts and transitions is not None
+
+        # 1. Act: uniformly at first, then by the policy.
+        if is_learning:
+            actions = act(agent, obs, act_key, before, training=True)
+        else:
+            actions = envs.action_space.sample()
+
+        # 2. Learn. JAX returns before the device is done: np.asarray(actions) below waits for `act`
+        #    alone, which was called first, and the updates run while the CPU steps the environments.
+        #    The price: compared with acting, stepping and then learning, the policy that acts lacks
+        #    the updates that use the last transitions (one update with one environment).
+        if is_learning:
+            agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
+        elif transitions is not None:
+            buffer = add_transitions(buffer, transitions)
+
+        # 3. Step the environments. Only a termination has no future: a truncated episode bootstraps
+        #    from its true last observation; new_obs is then the first one of the next episode.
+        actions = np.asarray(actions)
+        run.require_finite(step, actions=actions)
+        new_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        new_obs, rewards = np.float32(new_obs), np.float32(rewards)
+        next_obs = new_obs.copy()
+        ended = np.flatnonzero(terminations | truncations)
+        for i in ended:
+            next_obs[i] = infos["final_obs"][i]
+        run.require_finite(step, observations=(next_obs, new_obs), rewards=rewards)
+        transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
+        state = State(step, agent, buffer, envs, new_obs, transitions)
+
+        # 4. Once in a while: log, evaluate, save. Only here the loop waits for this round's updates.
+        for i in ended:
+            run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
+        if is_learning and is_due(LOG_FREQUENCY, before, step):
+            scalars = jax.device_get(metrics)
+            run.require_finite(step, **scalars)
+            run.log(step, scalars | run.speed())
+        if is_learning and is_due(args.eval_frequency, before, step):
+            scores = evaluate(agent, eval_envs, args.seed + EVAL_SEED_STRIDE * step, run)
+            run.require_finite(step, **scores)
+            run.log(step, scores)
+        if is_due(args.checkpoint_frequency, before, step):
+            run.save(state)
+        run.show_progress(step)
+    run.finish(state)
+    for env in (state.envs, *eval_envs):
+        env.close()
+    return state.agent
+
+
+def main(args: Args) -> Agent:
+    """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
+    args, state = load_state(args) if args.resume else (args, create_state(args))
+    with RunFolder(args, state.step) as run:
+        agent = train(args, state, run)
+    if run.stop_signal:
+        raise SystemExit(128 + run.stop_signal)
+    return agent
+
+
+# ========================================== RUN FOLDER ===========================================
+# Nothing below is needed to understand the method: log, progress, checkpoints, signals, errors.
+
+
+class RunFolder:
+    """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
+
+    One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
+    `train` ends after the step it is in; a second one ends the process at once.
+    """
+
+    def __init__(self, args: Args, first_step: int):
+        self.args = args
+        self.stop_signal = 0
+        self.saved_step = first_step if args.resume else None
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.path = pathlib.Path(args.resume or f"runs/{name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            start_tracking(args, self.path.name)  # it follows only writers made after it
+            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+        except OSError as error:
+            what = "cannot be written, or another process is writing it"
+            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
+        if args.resume:
+            # TensorBoard drops what earlier files say of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            event = Event(step=first_step + 1, session_log=start)
+        else:
+            event = Event(summary=text_pb("hyperparameters", hyperparameters_table(args)))
+        event.wall_time = time.time()
+        self.writer.add_event(event)
+        self.start_progress(first_step)
+
+    def __enter__(self):
+        self.old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old_handlers[number] = signal.signal(number, self.receive_signal)
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        try:
+            self.writer.close()
+        except OSError as close_error:
+            if error_type is None:
+                raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
+        finally:
+            self.lock.close()
+
+    def receive_signal(self, number, frame):
+        """The first signal asks `train` to stop; a second one ends the process without more ado."""
+        if self.stop_signal:
+            os._exit(128 + number)
+        self.stop_signal = number
+
+    # ------------------------------------------- log -------------------------------------------
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard; a full disk ends the run with one line."""
+        values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in scalars.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        try:
+            self.writer.add_event(event)
+        except OSError as error:
+            self.stop(step, error)
+        if "charts/episodic_return" in scalars:
+            self.shown["return"] = f"{scalars['charts/episodic_return']:.1f}"
+        if "eval/episodic_return" in scalars:
+            self.shown["evaluation"] = f"{scalars['eval/episodic_return']:.1f}"
+            self.print_line(step)
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def require_finite(self, step: int, **values) -> None:
+        """End the run with one line if a value is not finite, before it is used or kept."""
+        for name, arrays in values.items():
+            if not all(np.isfinite(array).all() for array in jax.tree.leaves(arrays)):
+                self.stop(step, f"non-finite {name}")
+
+    def stop(self, step: int, reason) -> None:
+        """Exit with one line that names the step, the reason and the last checkpoint."""
+        saved = "none" if self.saved_step is None else f"step {self.saved_step}"
+        line = f"stopped at step {step}: {one_line(reason)}; last checkpoint: {saved}"
+        raise SystemExit(line) from None
+
+    # ----------------------------------------- progress ----------------------------------------
+    def start_progress(self, first_step: int) -> None:
+        """A bar on a terminal; lines elsewhere."""
+        self.shown = {}  # last episodic return and evaluation
+        self.durations = collections.deque(maxlen=50)  # seconds of the last learning steps
+        self.step_time = self.line_time = time.monotonic()
+        self.is_long_run_announced = False
+        device = jax.devices()[0].device_kind
+        print(f"{self.args.env_id} on {device}: tensorboard --logdir {self.path}", flush=True)
+        self.bar = tqdm(
+            initial=first_step,
+            total=self.args.total_timesteps,
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def speed(self) -> dict[str, float]:
+        """Environment steps per second, by the median of the last 50 steps; empty before learning.
+
+        The median leaves out compiling, evaluations and checkpoints.
+        """
+        if not self.durations:
+            return {}
+        return {"charts/SPS": self.args.num_envs / float(np.median(self.durations))}
+
+    def show_progress(self, step: int) -> None:
+        """Call once a step: moves the bar, or prints a line every 30 seconds."""
+        now = time.monotonic()
+        self.durations.append(now - self.step_time)
+        self.step_time = now
+        if step <= self.args.learning_starts + 2 * self.args.num_envs:
+            self.durations.clear()  # random steps, and the one that compiles
+        if step >= self.args.learning_starts + 100 * self.args.num_envs:
+            self.announce_long_run(step)
+        self.bar.update(step - self.bar.n)
+        if now - self.line_time > 30:
+            self.print_line(step)
+
+    def print_line(self, step: int) -> None:
+        """Where there is no bar, one line: step, last return and evaluation, speed, time left."""
+        self.line_time = time.monotonic()
+        if not self.bar.disable:
+            return
+        total = self.args.total_timesteps
+        parts = [f"step {step:,} of {total:,}"]
+        parts += [f"{name} {value}" for name, value in self.shown.items()]
+        for speed in self.speed().values():
+            left = tqdm.format_interval((total - step) / speed)
+            parts += [f"{speed:.3g} steps/s", f"{left} left"]
+        print(", ".join(parts), flush=True)
+
+    def announce_long_run(self, step: int) -> None:
+        """Say once how long a run without an accelerator will take, if more than an hour."""
+        if self.is_long_run_announced or not self.durations or jax.default_backend() != "cpu":
+            return
+        self.is_long_run_announced = True
+        hours = (self.args.total_timesteps - step) / self.speed()["charts/SPS"] / 3600
+        if hours > 1:
+            line = f"This run will take about {hours:.0f} hours on this CPU; README.md has sizes"
+            tqdm.write(f"{line} for a CPU under 'On a laptop'.", sys.stdout)
+
+    # ---------------------------------------- checkpoints --------------------------------------
+    def save(self, state: State) -> None:
+        """Write checkpoints/{step}; the checkpoint before it is kept, older ones are removed."""
+        content = agent_content(self.args, state.agent) | training_content(state)
+        self.require_finite(state.step, parameters=content["leaves"])
+        folder = self.path / "checkpoints"
+        try:
+            self.writer.flush()  # the log is never behind a checkpoint
+            folder.mkdir(exist_ok=True)
+            write_file(folder / str(state.step), content)
+            for old_step in checkpoint_steps(folder)[:-2]:
+                (folder / str(old_step)).unlink()
+        except OSError as error:
+            self.stop(state.step, error)
+        self.saved_step = state.step
+
+    def finish(self, state: State) -> None:
+        """The last checkpoint, and the saved model."""
+        if self.args.checkpoint_frequency and self.saved_step != state.step:
+            self.save(state)
+        if self.args.save_model:
+            content = agent_content(self.args, state.agent)
+            self.require_finite(state.step, parameters=content["leaves"])
+            try:
+                write_file(self.path / f"{self.args.exp_name}.model", content)
+            except OSError as error:
+                self.stop(state.step, error)
+
+
+def agent_content(args: Args, agent: Agent) -> dict:
+    """What a saved model holds: an agent as plain data, with its flags and dimensions."""
+    return {
+        "script": Args.exp_name,  # the default: the name of this script
+        "args": asdict(args),
+        "obs_dim": agent.obs_dim,
+        "action_dim": agent.action_dim,
+        "leaves": jax.device_get(jax.tree.leaves(agent)),
+    }
+
+
+def training_content(state: State) -> dict:
+    """What a checkpoint holds beside the agent: the rest of the `State` as plain data."""
+    count = int(state.buffer.count)
+    return {
+        "step": state.step,
+        "buffer": [np.asarray(stored)[:count] for stored in state.buffer.storage],  # filled rows
+        "buffer_count": count,
+        "envs": pickle_environments(state.envs),
+        "obs": state.obs,
+        "transitions": None if state.transitions is None else tuple(state.transitions),
+    }
+
+
+def load_content(path: str | pathlib.Path) -> tuple[dict, Args, Agent]:
+    """What a file holds, with its flags and agent; exits with one line if it is of no use here."""
+    path = find_file(pathlib.Path(path))
+    try:
+        with gzip.open(path) as file:
+            content = pickle.loads(file.read())  # read to the end, where the checksum stands
+        if content["script"] != Args.exp_name:
+            raise ValueError(f"it was written by {content['script']}.py")
+        args = Args(**content["args"])
+        create = partial(create_agent, args, content["obs_dim"], content["action_dim"])
+        shapes = jax.eval_shape(create, jax.random.key(0))  # of the leaves; computes nothing
+        expected, structure = jax.tree.flatten(shapes)
+        if [leaf.shape for leaf in expected] != [leaf.shape for leaf in content["leaves"]]:
+            raise ValueError("its networks have other sizes than this script's")
+        agent = jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in content["leaves"]])
+    except Exception as error:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
+    return content, args, agent
+
+
+def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
+    """Flags and agent of a saved model, a checkpoint, or a run's folder (its newest checkpoint).
+
+    The agent is whole: it acts, and it can go on learning. The file is unpickled: load only what
+    you trust. Exits with one line if it cannot be used.
+    """
+    _, args, agent = load_content(path)
+    return args, agent
+
+
+def load_state(args: Args) -> tuple[Args, State]:
+    """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
+    is_alone = args == Args(resume=args.resume)
+    require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    content, saved_args, agent = load_content(args.resume)
+    if "step" not in content:
+        raise SystemExit(
+            f"--resume {args.resume} must hold a checkpoint; it holds a saved model only"
+        )
+    args = replace(saved_args, resume=args.resume)
+    check_args(args)
+    choose_renderer(args)
+    storage = []
+    for rows in content["buffer"]:
+        whole = np.zeros((args.buffer_size, *rows.shape[1:]), np.float32)
+        whole[: len(rows)] = rows
+        storage.append(jnp.array(whole))
+    buffer = ReplayBuffer(Transition(*storage), jnp.int32(content["buffer_count"]))
+    step, transitions = content["step"], content["transitions"]
+    if transitions is not None:
+        transitions = Transition(*transitions)
+    allow_local_modules(args.env_id)
+    try:
+        envs, obs = pickle.loads(content["envs"]), content["obs"]
+    except Exception:  # of any kind; they are None where they could not be pickled
+        print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
+        envs = make_envs(args.env_id, args.num_envs)
+        envs.action_space.seed(args.seed + step)
+        obs, _ = envs.reset(seed=args.seed + step)
+    return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
+
+
+def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
+    """The environments with simulators and random generators; None if one cannot be pickled.
+
+    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept.
+    """
+
+    def set_attributes(env, attributes):
+        vars(env).update(attributes)
+
+    class EnvironmentPickler(cloudpickle.Pickler):
+        def reducer_override(self, value):
+            if isinstance(value, gym.Env):
+                # Constructor, its arguments, state, list and dict items (none), how to set the state.
+                return object.__new__, (type(value),), vars(value), None, None, set_attributes
+            return super().reducer_override(value)
+
+    file = io.BytesIO()
+    try:
+        EnvironmentPickler(file).dump(envs)
+    except Exception:  # of any kind: the environment may be the user's own
+        return None
+    return file.getvalue()
+
+
+def checkpoint_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in ascending order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def find_file(path: pathlib.Path) -> pathlib.Path:
+    """`path` itself if it is a file; of a run's folder the newest checkpoint, else the saved model."""
+    if not path.is_dir():
+        return path
+    steps = checkpoint_steps(path / "checkpoints")
+    files = [path / "checkpoints" / str(step) for step in steps[-1:]] or list(path.glob("*.model"))
+    if not files:
+        raise SystemExit(f"{path} holds no checkpoint and no saved model")
+    return files[0]
+
+
+def write_file(path: pathlib.Path, content: dict) -> None:
+    """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+            pickle.dump(content, gzip_file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_folder(folder: pathlib.Path):
+    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def start_tracking(args: Args, name: str) -> None:
+    """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            save_code=True,
+            resume="allow",
+        )
+
+
+def hyperparameters_table(args: Args) -> str:
+    """The flags as a Markdown table, with the values that learning uses."""
+    flags = asdict(args) | asdict(learning_part(args))
+    rows = [f"|{flag}|{value}|" for flag, value in flags.items()]
+    return "\n".join(["|flag|value|", "|-|-|", *rows])
+
+
+def choose_renderer(args: Args) -> None:
+    """Let MuJoCo render offscreen for --capture-video where there is no display."""
+    has_display = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if args.capture_video and sys.platform == "linux" and not has_display:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+
+
+def one_line(error) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
