@@ -565,7 +565,7 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
     params = {
         "actor": Actor(action_dim, args.hidden_dim).init(actor_key, actions, t, obs),
         "critic": TwinCritic(args.hidden_dim).init(critic_key, obs, actions),
-        "log_alpha": jnp.full((), math.log(3.0)),
+        "log_alpha": jnp.float32(math.log(3.0)),
     }
     slow_params = {
         "critic": jax.tree.map(jnp.copy, params["critic"]),  # train_step cannot donate one twice

@@ -524,11 +524,18 @@ class Sweep:
             raise
         except KeyboardInterrupt:
             print("stopping: the runs write their checkpoints", flush=True)
-            self.stop.touch()
-            ray.wait(list(self.refs), num_returns=len(self.refs), timeout=STOP_SECONDS + 30)
             self.note_started()
+            self.stop_all(ray)
             self.note_running("stopped")
             raise
+
+    def stop_all(self, ray) -> None:
+        """Tell all runs to stop, and wait for them as long as Ray's node lives."""
+        self.stop.touch()
+        end = time.monotonic() + STOP_SECONDS + 30
+        refs = list(self.refs)
+        while refs and not has_died(ray) and time.monotonic() < end:
+            _, refs = ray.wait(refs, timeout=1)
 
     def note_running(self, state: str) -> None:
         """Note the runs that are running as lost or stopped."""
