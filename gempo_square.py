@@ -401,9 +401,10 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 
 # ========================================== REWEIGHTING ==========================================
 # To add a weighting, replace the functions of this section: return weights (..., N) that sum to one
-# over the particles and become uniform as temp rises, and shift q by its maximum first. No gradient
-# flows through them. A number of its own is one more field of Hyperparameters and a line in
-# check_args.
+# over the particles (some may be negative) and become uniform as temp rises, and shift q by its
+# maximum first. They need no stop_gradient: the loss takes them as constants. A number of its own is
+# one more field of Hyperparameters and a line in check_args; a new name goes into exp_name, by which
+# saved agents are told apart.
 #
 # Square weights. Sort q in descending order and divide by temp, z_1 >= z_2 >= ...; nu / temp = m. If
 # the first k particles are active (above m), with mean z-bar_k and sum of squared deviations D_k,
@@ -1052,10 +1053,9 @@ class RunFolder:
         if self.args.checkpoint_frequency and self.saved_step != state.step:
             self.save(state)
         if self.args.save_model:
-            content = agent_content(self.args, state.agent)
-            self.require_finite(state.step, parameters=content["leaves"])
+            self.require_finite(state.step, parameters=state.agent.params)
             try:
-                write_file(self.path / f"{self.args.exp_name}.model", content)
+                save_agent(self.path / f"{self.args.exp_name}.model", self.args, state.agent)
             except OSError as error:
                 self.stop(state.step, error)
 
@@ -1102,6 +1102,11 @@ def load_content(path: str | pathlib.Path) -> tuple[dict, Args, Agent]:
     except Exception as error:  # of any kind: the file may hold anything
         raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
     return content, args, agent
+
+
+def save_agent(path: str | pathlib.Path, args: Args, agent: Agent) -> None:
+    """Write a file that `load_agent` reads: the whole agent, with its flags and dimensions."""
+    write_file(pathlib.Path(path), agent_content(args, agent))
 
 
 def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:

@@ -1126,10 +1126,9 @@ class RunFolder:
         if self.args.checkpoint_frequency and self.saved_step != state.step:
             self.save(state)
         if self.args.save_model:
-            content = agent_content(self.args, state.agent)
-            self.require_finite(state.step, parameters=content["leaves"])
+            self.require_finite(state.step, parameters=state.agent.params)
             try:
-                write_file(self.path / f"{self.args.exp_name}.model", content)
+                save_agent(self.path / f"{self.args.exp_name}.model", self.args, state.agent)
             except OSError as error:
                 self.stop(state.step, error)
 
@@ -1176,6 +1175,11 @@ def load_content(path: str | pathlib.Path) -> tuple[dict, Args, Agent]:
     except Exception as error:  # of any kind: the file may hold anything
         raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
     return content, args, agent
+
+
+def save_agent(path: str | pathlib.Path, args: Args, agent: Agent) -> None:
+    """Write a file that `load_agent` reads: the whole agent, with its flags and dimensions."""
+    write_file(pathlib.Path(path), agent_content(args, agent))
 
 
 def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:

@@ -35,7 +35,9 @@ def test_use_it_in_your_own_project_runs_as_it_stands(tmp_path, monkeypatch):
     assert len(np.unique(np.asarray(first_layers)[:, 0, 0, 0])) == 5
 
     script = SCRIPTS["neg"]
-    args = script.Args(env_id="InvertedPendulum-v5", diffusion_steps=3, hidden_dim=16, eval_best_of=2)
+    args = script.Args(
+        env_id="InvertedPendulum-v5", diffusion_steps=3, hidden_dim=16, eval_best_of=2
+    )
     agent = script.create_agent(args, 4, 1, jax.random.key(0))
     path = re.search(r'load_agent\("(.*?)"\)', trained_agent)[1]
     monkeypatch.chdir(tmp_path)
