@@ -25,11 +25,11 @@ def test_use_it_in_your_own_project_runs_as_it_stands(tmp_path, monkeypatch):
     own_environment, dataset_and_seeds, trained_agent = python_blocks("Use it in your own project")
     namespace = {}
     exec(own_environment, namespace)
-    assert namespace["agent"].num_updates == 300 * 4
+    assert namespace["agent"].num_updates == 100 * 4
     actions, obs = namespace["actions"], namespace["obs"]
     assert actions.shape == obs.shape == (4, 1)
     exec(dataset_and_seeds, namespace)
-    assert namespace["agent"].num_updates == 300 * 4 + 20
+    assert namespace["agent"].num_updates == 100 * 4 + 20
     assert namespace["metrics"]["losses/critic_loss"].shape == (5,)
     first_layers = namespace["agents"].params["critic"]["params"]["first_kernel"]
     assert len(np.unique(np.asarray(first_layers)[:, 0, 0, 0])) == 5
