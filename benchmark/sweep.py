@@ -266,6 +266,9 @@ def training_env(cpus: float, gpus: float) -> dict[str, str]:
     """Environment variables of a run: runs side by side share the machine, not their threads."""
     env = dict(os.environ)
     env["PYTHONUNBUFFERED"] = "1"
+    # An environment's id may name a module here, or where the sweep was started.
+    paths = [str(ROOT), os.getcwd(), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     threads = str(max(1, int(cpus)))
     env["OMP_NUM_THREADS"] = threads
     env["PJRT_NPROC"] = threads  # XLA's
@@ -452,8 +455,9 @@ class Sweep:
         if time.monotonic() - self.report_time > REPORT_SECONDS:
             self.report_time = time.monotonic()
             for run in self.runs:
-                if self.states[run] == "running":
-                    print(f"{self.label(run)}: {' '.join(tail(self.log(run)))}", flush=True)
+                line = " ".join(tail(self.log(run)))
+                if self.states[run] == "running" and not line.startswith("$"):
+                    print(f"{self.label(run)}: {line}", flush=True)
 
     def note_started(self) -> None:
         """Note which submitted runs have begun: those whose log has grown."""

@@ -1,6 +1,6 @@
 """Mutants: small wrong changes of the scripts, each of which must make a test fail.
 
-    python tests/mutants.py                          # all of them: about an hour on two quiet cores
+    python tests/mutants.py                          # all of them: 40 minutes on two slow cores
     python tests/mutants.py "neg:*" update_keys      # those of these names (shell patterns)
     python tests/mutants.py --workers 1 --list
 
@@ -485,6 +485,44 @@ shared(
 )
 whole_file = f"{CHECKPOINTS} test_a_file_has_its_name_only_once_it_is_whole"
 shared(whole_file, "written_in_place", 'path.with_suffix(".tmp")', "path")
+
+
+# ------------------------------------------------ baselines ----------------------------------------------
+def baseline(script, test, name, text, replacement):
+    """Add a mutant of one script in baselines/."""
+    path = f"baselines/{script}.py"
+    add([path], f"test_baselines test_{script}_{test}", f"{script}:{name}", text, replacement)
+
+
+noise = "noise_of_the_target_has_the_variance_of_a_clipped_normal"
+clip = "    noise = jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip)\n"
+baseline("td3", noise, "target_noise_unclipped", clip, "")
+density = "density_integrates_to_one_and_has_the_moments_of_the_samples"
+exact = "density_is_exact_in_float32_where_tanh_has_rounded_to_one"
+slope = "log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))"
+baseline("sac", density, "log_of_two_once", slope, slope.replace("2 * (math.log(2)", "2 * (0"))
+baseline("sac", exact, "slope_of_tanh", slope, "log_slope = jnp.log(1 - jnp.tanh(u) ** 2 + 1e-6)")
+falls = "temperature_falls_where_the_policy_is_broad_and_rises_where_it_is_narrow"
+gap = "log_alpha * (entropy - target_entropy)"
+baseline("sac", falls, "temperature_upward", gap, "log_alpha * (target_entropy - entropy)")
+quadratic = "targets_of_a_quadratic_q"
+score = "return -sigma * gradients / (args.temperature * size)"
+baseline("qsm", quadratic, "score_upside_down", score, score.replace("-sigma", "sigma"))
+baseline("qsm", quadratic, "sum_of_critics", "q_values.mean(axis=0).sum()", "q_values.sum()")
+box = "random_actions_are_uniform_on_the_whole_box"
+baseline("qvpo", box, "half_the_box", "minval=-1.0, maxval=1.0", "minval=0.0, maxval=1.0")
+advantage = "weights_are_advantages_which_a_shift_of_q_does_not_change"
+mean = " - q_values.mean(axis=-1, keepdims=True)"
+baseline("qvpo", advantage, "weights_are_values", mean, "")
+control = "posterior_of_a_gaussian_and_the_error_of_each_control"
+squared = "covariance = jnp.sum(w**2 *"
+baseline("rfm", control, "covariance_of_plain_weights", squared, "covariance = jnp.sum(w *")
+baseline("rfm", control, "no_control", "mean + control * mean_score", "mean")
+row = "targets_take_the_smaller_critic_row_by_row"
+smaller = "mean.argmin(axis=0)[None]"
+baseline("dacer", row, "larger_critic", smaller, "mean.argmax(axis=0)[None]")
+last = "writes_the_drawn_rows_alone_and_of_equal_ones_the_last"
+baseline("dipo", last, "any_of_equal_rows", ', mode="drop")', ', mode="clip")')
 
 
 # --------------------------------------------------- run -------------------------------------------------

@@ -103,11 +103,13 @@ def fakes(tmp_path_factory):
     return [str(folder / "fake_a.py"), str(folder / "fake_b.py")]
 
 
-def start_sweep(output, scripts, env_ids, *words, seeds=(1,), flags=()):
+def start_sweep(output, scripts, env_ids, *words, flags=()):
     command = [sys.executable, str(ROOT / "benchmark" / "sweep.py")]
     command += ["--output-path", str(output), "--scripts", *scripts, "--env-ids", *env_ids]
-    command += ["--seeds", *map(str, seeds), "--num-cpus", "2", *words, "--", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command += ["--seeds", "1", "--num-cpus", "2", *words, "--", *flags]
+    env = os.environ | {"RAY_worker_niceness": "0"}  # Ray's 15 would starve beside other work
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=env, text=True, **pipes)
 
 
 def run_sweep(*args, **kwargs):
@@ -145,19 +147,19 @@ def wait_for(condition, seconds=240):
 # ------------------------------------------ a real sweep ------------------------------------------
 @pytest.fixture(scope="module")
 def accidents(fakes, tmp_path_factory):
-    """Two scripts, five environments and two seeds with a local Ray: folder, exit code, output."""
+    """Two scripts and five environments with a local Ray: folder, exit code, output."""
     pytest.importorskip("ray")
     output = tmp_path_factory.mktemp("sweep")
     env_ids = ("Good", "WorkerKilled", "Killed", "Preempted", "Diverges")
     flags = ("--ell", "-0.1", "--save-model")
-    code, text = run_sweep(output, fakes, env_ids, seeds=(1, 2), flags=flags)
+    code, text = run_sweep(output, fakes, env_ids, flags=flags)
     return output, code, text
 
 
 def test_a_sweep_runs_every_row_of_its_table_with_its_flags(accidents):
     output, code, text = accidents
     index = sweep.read_index(output / "index.jsonl")
-    assert len(index) == 2 * 5 * 2 == len(traces(output)), text
+    assert len(index) == 2 * 5 == len(traces(output)), text
     for folder, entry in index.items():
         own = "--ell -0.1 " if entry["script"] == "fake_b" else ""
         assert entry["flags"] == f"{own}--save-model"
@@ -168,7 +170,7 @@ def test_a_sweep_runs_every_row_of_its_table_with_its_flags(accidents):
         assert entry["commit"] != "unknown"
         assert [(output / run).is_dir() for run in entry["runs"]] == [True]
     assert "--ell goes to fake_b alone" in text
-    assert "16 finished, 0 running, 0 waiting, 4 failed" in text
+    assert "8 finished, 0 running, 0 waiting, 2 failed" in text
 
 
 @pytest.mark.parametrize("env_id", ["WorkerKilled", "Killed", "Preempted"])
@@ -178,7 +180,7 @@ def test_a_lost_run_goes_on_from_its_checkpoint_in_one_process_at_a_time(acciden
     # one there.
     end, begin = {"WorkerKilled": (6, 5), "Killed": (6, 5), "Preempted": (7, 8)}[env_id]
     ours = [trace for folder, trace in traces(output).items() if f"__{env_id}__" in folder]
-    assert len(ours) == 4
+    assert len(ours) == 2
     for trace in ours:
         first, second = trace[0][0], trace[-1][0]
         assert first != second
@@ -194,12 +196,12 @@ def test_a_diverged_run_fails_once_and_its_last_lines_are_shown(accidents):
     for folder, trace in traces(output).items():
         if "Diverges" in folder:
             assert steps_of(trace) == [1, 2, 3, 4, 5, 6]
-    assert text.count("    stopped at step 6: non-finite actions\n") == 4
+    assert text.count("    stopped at step 6: non-finite actions\n") == 2
 
 
 def test_a_good_run_runs_once(accidents):
     good = [trace for folder, trace in traces(accidents[0]).items() if "__Good__" in folder]
-    assert len(good) == 4
+    assert len(good) == 2
     for trace in good:
         process = trace[0][0]
         assert trace == [(process, step) for step in range(1, 13)]
@@ -209,8 +211,8 @@ def test_the_same_sweep_again_runs_nothing_and_retries_failures_only_when_asked(
     output, _, _ = accidents
     before = traces(output)
     flags = ("--save-model", "--ell=-0.1")  # another order and form of the same flags
-    code, text = run_sweep(output, fakes, ("Good", "Diverges"), seeds=(1, 2), flags=flags)
-    assert code == 1 and "4 finished, 0 running, 0 waiting, 4 failed" in text
+    code, text = run_sweep(output, fakes, ("Good", "Diverges"), flags=flags)
+    assert code == 1 and "2 finished, 0 running, 0 waiting, 2 failed" in text
     assert traces(output) == before
     again = (output, fakes[:1], ("Good", "Diverges"), "--retry-failed")
     code, text = run_sweep(*again, flags=("--save-model",))
@@ -371,10 +373,11 @@ def test_scripts_are_found_by_name_with_folder_or_path(monkeypatch, tmp_path):
     assert sweep.find_script("mine") == tmp_path / "mine.py"
     assert sweep.find_script("gempo_nag") is None
     scripts = ("gempo_linear", "baselines/td3", "gempo_neg")
-    args = sweep.Args(scripts=scripts, env_ids=("Hopper-v5",), seeds=(1,))
+    args = sweep.Args(scripts=scripts, env_ids=("Hopper-v5",), seeds=(1, 2))
     words = ["--ell", "-0.1", "-0.2", "--num-particles", "8"]
-    found = [(run.name, sweep.join(run.flags)) for run in sweep.list_runs(args, words)]
-    assert found == [
+    runs = sweep.list_runs(args, words)
+    assert [run.seed for run in runs] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert [(run.name, sweep.join(run.flags)) for run in runs[:4]] == [
         ("gempo_linear", "--num-particles 8"),
         ("td3", ""),
         ("gempo_neg", "--ell -0.1 --num-particles 8"),
@@ -428,6 +431,8 @@ def test_a_run_gets_its_share_of_threads_and_of_the_gpus_memory(monkeypatch):
     assert (env["PJRT_NPROC"], env["OMP_NUM_THREADS"]) == ("2", "2")
     assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.225"
     assert "JAX_PLATFORMS" not in env
+    paths = env["PYTHONPATH"].split(os.pathsep)
+    assert paths[:2] == [str(ROOT), os.getcwd()]
     env = sweep.training_env(cpus=0.5, gpus=0)
     assert (env["PJRT_NPROC"], env["JAX_PLATFORMS"]) == ("1", "cpu")
 
