@@ -2,7 +2,7 @@
 
     python benchmark/gpu_compile.py                                   # all RL scripts, for an H100
     python benchmark/gpu_compile.py gempo_neg.py --top 20 --flags "--env-id Humanoid-v5"
-    python benchmark/gpu_compile.py gempo_neg.py --gpu a100 --hlo-folder /tmp/hlo
+    python benchmark/gpu_compile.py gempo_neg.py --gpu a100 --hlo-folder hlo
 
 It compiles `train_step` and `act` of a script ahead of time for a described GPU, as XLA does on a
 machine that has it, and counts in the result: kernels launched, bytes that travel between kernels
