@@ -1,5 +1,6 @@
 """Set up JAX before anything imports it: exact products, and a compilation cache on the disk."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -23,6 +24,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 profile = dict(derandomize=True, deadline=None, max_examples=60, database=None)
 settings.register_profile("gempo", **profile)
 settings.load_profile("gempo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs():
+    """After each module, drop what JAX compiled: each program maps a dozen pieces of memory.
+
+    Linux allows a process 65,530 of them (vm.max_map_count). The whole suite in one process came
+    to more, and JAX then crashed.
+    """
+    yield
+    import jax  # after the environment above is set
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
