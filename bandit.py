@@ -6,28 +6,32 @@
 
 A policy over a single action a in [-1, 1] is fitted to its own best samples. One epoch is:
 
-    1. draw N candidates a_i from the policy and add Gaussian noise to them;
+    1. draw N candidates a_i from the policy, clipped to [-1, 1], and add Gaussian noise to them;
     2. look up their rewards q_i = R(a_i), which are the Q-values here: a bandit has no future;
     3. turn the rewards into weights w_i, with a temperature lambda;
     4. take 30 Adam steps on sum_i w_i |v(x_t, t) - (eps - x_0)|^2 at x_0 = a_i (equation 8);
     5. evaluate: the simple regret is max_a R(a) - E_pi[R(a)], without the noise of step 1.
 
 The policy is a velocity field v on the path x_t = (1 - t) x_0 + t eps, from an action x_0 at t = 0
-to noise eps at t = 1. Methods differ in step 3 alone:
+to noise eps at t = 1. Methods differ in step 3 alone. The weights of the first five maximize
+sum_i w_i q_i - lambda D_f(w, uniform) over weights that sum to one, with the f-divergence
+D_f = 1/N sum_i f(N w_i), so that f'(N w_i) = (q_i - nu) / lambda wherever no bound holds w_i:
 
-    name     divergence         generator f             weight w_i                         known as
-    exp      forward KL         x log x                 exp((q_i - nu) / lambda)           DPMD, AWR
-    linear   chi-squared        x^2 - 1                 max((q_i - nu) / lambda, 0)
-    square   alpha = 1.5        as power                max((q_i - nu) / lambda, 0)^2
-    power    alpha > 1          (x^a - x) / (a(a - 1))  max((q_i - nu) / lambda, 0)^(1/(a-1))
-    neg      signed chi-squared x^2 - 1                 max((q_i - nu) / lambda, ell / N)  (11)
-    qvpo     chi-squared        x^2 - 1                 max(q_i - nu, 0) / N               QVPO
-    wd1      -                  -                       softmax(A)_i - softmax(-A)_i       WD1
+    name     divergence          f(x)                      weight w_i
+    exp      forward KL          x log x                   exp((q_i - nu) / lambda)
+    linear   chi-squared         x^2 - 1                   max((q_i - nu) / lambda, 0)
+    power    alpha > 1           p (x^alpha - x) / alpha   max((q_i - nu) / lambda, 0)^p
+    square   power, alpha = 1.5                            max((q_i - nu) / lambda, 0)^2
+    neg      signed chi-squared  x^2 - 1                   max((q_i - nu) / lambda, ell / N)
+    qvpo     QVPO (example 3.2)  linear at a fixed lambda  max(q_i - nu, 0) / N
+    wd1      WD1 (example 3.4)                             softmax(A)_i - softmax(-A)_i
 
-nu is the normalizer: the number for which the N weights sum to one. Candidates with q_i below nu
-have no weight (neg: a negative one, down to ell / N). lambda absorbs constants such as the 2 in
-f'(x) = 2 x. In qvpo (example 3.2) nu is the V of that method, and lambda = 1/2 for ever. A is q
-with zero mean and unit variance; wd1 has no nu, since its weights sum to zero (example 3.4).
+with p = 1 / (alpha - 1). nu is the multiplier for which the N weights sum to one; in the table lambda
+has absorbed N and constants such as the 2 of f'(x) = 2x. exp (DPMD, AWR) gives every candidate a
+weight; linear, power, square and qvpo none below nu; neg a negative one there, down to ell / N
+(equation 11). qvpo is N w_i = max(q_i - nu, 0) whatever the rewards' scale: with rewards from 0
+to 1 that is 1 + q_i - mean(q), nearly uniform. A is q with zero mean and unit variance; wd1 has
+no nu, as its weights sum to zero.
 
     python bandit.py --problem sharp                  # Figure 2, two sharp optima
     python bandit.py --problem broad                  # Figure 2, two broad optima
@@ -66,7 +70,7 @@ Weighting = Literal["exp", "linear", "square", "neg", "power", "wd1", "qvpo"]
 
 @dataclass(frozen=True)  # hashable, so that all flags together are a static argument of jit
 class Args:
-    """The flags. None or (): the default of the problem, in PROBLEMS."""
+    """The flags. None or () is the default of the problem, in PROBLEMS (but for target_kl)."""
 
     problem: Literal["sharp", "broad", "escape"] = "sharp"  # which reward and initial policy
     seed: int = 1  # first seed
@@ -76,9 +80,9 @@ class Args:
     alpha: float = 1.25  # alpha of power; 2 is linear, 1.5 is square
     matching: Literal["flow", "nce"] = "flow"  # equation 8, or noise contrastive (appendix G)
     nce_gamma: float = 1.0  # gamma of nce, the difference in squared error that counts as one nat
-    temperature: float | None = None  # lambda for weights with mean one, alike for all weightings
-    target_kl: float | None = None  # KL budget in nats that tunes lambda (appendix F); None: fixed
-    temperature_lr: float = 0.05  # Adam's rate on log lambda, one step an epoch, with --target-kl
+    temperature: float | None = None  # of N w_i, see compute_weights; wd1 and qvpo have none
+    target_kl: float | None = None  # KL budget in nats that tunes it (appendix F); None: fixed
+    temperature_lr: float = 0.05  # Adam's rate on its logarithm, one step an epoch, in that case
     num_epochs: int | None = None  # epochs (E)
     num_particles: int = 256  # candidates an epoch (N)
     candidate_noise: float = 0.1  # standard deviation of the noise added to the candidates
@@ -154,6 +158,8 @@ def check_args(args: Args) -> None:
 
 
 # ============================================ PROBLEM ============================================
+# To add a problem, add an entry to PROBLEMS and its name to Args.problem. For a reward of another
+# form, change `reward`, and `best` and `middle` of Problem with it.
 class Problem(NamedTuple):
     """R(a) = max_k heights[k] exp(-((a - centers[k]) / width)^2 / 2), and the initial policy."""
 
@@ -164,20 +170,47 @@ class Problem(NamedTuple):
     init_std: float
     defaults: dict  # of flags that were not given
 
+    @property
+    def best(self) -> float:
+        """max_a R(a)."""
+        return max(self.heights)
+
+    @property
+    def middle(self) -> float:
+        """The reward above which a policy counts as escaped from the lower optimum."""
+        return sum(self.heights) / 2
+
 
 # The paper prints neither its rewards nor these settings: benchmark/BANDIT.md says how they were
-# chosen. To escape needs both of its own: no loss clip, which stops the gradient of samples that
-# are pushed away, and a temperature so small that a policy on top of the lower optimum still has
-# candidates at the floor.
-QUICK = dict(methods=("exp", "linear", "square"), num_epochs=100, temperature=0.05, loss_clip=5.0)
-SLOW = dict(methods=("exp", "linear", "square", "neg"), num_epochs=200)
-SLOW |= dict(temperature=0.01, loss_clip=math.inf)
-BETWEEN = dict(heights=(0.7, 1.0), centers=(-0.7, 0.7), init_mean=0.0, init_std=0.4)
-ON_LOWER = dict(heights=(0.5, 1.0), centers=(-0.5, 0.5), init_mean=-0.5, init_std=0.15)
+# chosen. In sharp and broad the policy starts between the two optima.
+BETWEEN = dict(
+    heights=(0.7, 1.0),
+    centers=(-0.7, 0.7),
+    init_mean=0.0,
+    init_std=0.4,
+    defaults=dict(
+        methods=("exp", "linear", "square"), num_epochs=100, temperature=0.05, loss_clip=5.0
+    ),
+)
+# In escape it starts on the lower one. neg then needs two other settings: no loss clip, since a clip
+# stops the gradient of candidates that are being pushed away, and a temperature so small that a
+# policy on top of the lower optimum still has candidates at the floor.
+ON_LOWER = dict(
+    heights=(0.5, 1.0),
+    centers=(-0.5, 0.5),
+    init_mean=-0.5,
+    init_std=0.15,
+    defaults=dict(
+        methods=("exp", "linear", "square", "neg"),
+        num_epochs=200,
+        temperature=0.01,
+        loss_clip=math.inf,
+    ),
+)
 PROBLEMS = {
-    "sharp": Problem(width=0.08, defaults=QUICK, **BETWEEN),
-    "broad": Problem(width=0.5, defaults=QUICK, **BETWEEN),
-    "escape": Problem(width=0.2, defaults=SLOW, **ON_LOWER),
+    "sharp": Problem(width=0.08, **BETWEEN),
+    "broad": Problem(width=0.5, **BETWEEN),
+    "escape": Problem(width=0.2, **ON_LOWER),
 }
 
 
@@ -214,15 +247,16 @@ class VelocityNet(nn.Module):
 def sampler_step(x, v, z, t, s, eta: float) -> jax.Array:
     """Equation 4 from time t down to s: x_s (...), for x = x_t, v = v(x, t) and fresh noise z.
 
-    x_0 and eps, as the velocity predicts them, are kept and mixed anew, with a share of eps
-    replaced by z. Without one, eta = 0, this is Euler's step x - (t - s) v on the ODE. The share is
-    the SDE's exact solution for a fixed x_0, where an Euler step would divide by 1 - t = 0 at the
-    start: eps is an Ornstein-Uhlenbeck process of rate eta^2 / (t (1 - t)), so that from t to s it
-    keeps (s (1 - t) / (t (1 - s)))^(eta^2) of itself. The law of x_0 is the same for every eta.
+    x_0 and eps, as the velocity predicts them, are mixed anew for time s, after a part of eps has
+    been replaced by z. If eta = 0 all of eps is kept, which is Euler's step x - (t - s) v on the
+    ODE. Else what is kept comes from solving equation 4's SDE exactly for a fixed x_0 (an Euler
+    step of it would divide by 1 - t = 0 at the start): eps is then an Ornstein-Uhlenbeck process of
+    rate eta^2 / (t (1 - t)), which from t to s keeps (s (1 - t) / (t (1 - s)))^(eta^2) of itself.
+    For the exact velocity and small steps the law of x_0 is the same for every eta.
     """
     x_0 = x - t * v
     eps = x + (1 - t) * v
-    kept = (s * (1 - t) / (t * (1 - s))) ** (eta**2)
+    kept = (s * (1 - t) / (t * (1 - s))) ** (eta**2)  # at t = 1 none, or all (0^0 = 1) if eta = 0
     eps = kept * eps + jnp.sqrt(1 - kept**2) * z
     return (1 - s) * x_0 + s * eps
 
@@ -250,10 +284,16 @@ def act(args: Args, params, x_1, key) -> jax.Array:
 
 
 # ========================================== REWEIGHTING ==========================================
-# To add a weighting: write its function here, on q shifted by its maximum; call it in
-# compute_weights; add its name to Weighting, and to is_signed in check_args if it can be negative.
+# To add a weighting: write its function here, which shifts q by its maximum; call it in
+# compute_weights with the temperature scaled as said there; add its name to Weighting, and to
+# is_signed in check_args if it can be negative or does not sum to one (which nce needs).
+#
 # exp, linear, square and neg are those of gempo_{exp,linear,square,neg}.py word for word, where
-# their derivations stand.
+# they are derived: what is tried here can be carried over. In short, with q in descending order,
+# `excess` at rank k is what the top k would sum to if nu were q_k; it rises with k, and those ranks
+# are active (above nu) where it does not pass the sum that is asked for. In square, `deviations`
+# are the sums of squared deviations from the mean of the top k, updated as Welford does: as a
+# difference of sums of squares they would lose their digits in float32.
 
 
 def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
@@ -329,8 +369,8 @@ def reweight_neg(q: jax.Array, temp: jax.Array, ell: float) -> jax.Array:
 def reweight_power(q: jax.Array, temp: jax.Array, alpha: float) -> jax.Array:
     """Weights max((q_i - nu) / temp, 0)^(1/(alpha-1)) (example 3.3), which sum to one: (..., N).
 
-    By bisection on the weight of the best particle. It lies in [1/N, 1], and where it is m,
-    -nu / temp = m^(alpha-1) for q shifted by its maximum; the sum of the weights rises with it.
+    By bisection on m, the weight of the best particle, which lies in [1/N, 1]. For q shifted by its
+    maximum nu = -temp m^(alpha-1), and the sum of all weights rises with m.
     """
     z = (q - q.max(axis=-1, keepdims=True)) / temp
 
@@ -358,9 +398,9 @@ def reweight_wd1(q: jax.Array) -> jax.Array:
 def compute_weights(args: Args, method: Method, q: jax.Array, temperature: jax.Array) -> jax.Array:
     """The method's weights (..., N) for rewards q (..., N).
 
-    `temperature` is that of weights N w_i, whose mean is one: it means the same for every N, and
-    about the same for every weighting. N max((q - nu) / lambda, 0)^p is max((q - nu) / temperature,
-    0)^p if lambda = temperature N^(1/p), with p = 1/(alpha - 1).
+    `temperature` is that of N w_i = max((q_i - nu) / temperature, 0)^p, whose mean is one: so it
+    means the same for every N, and about the same for every weighting. The weights themselves, which
+    sum to one, have lambda = temperature N^(1/p), with p = 1 / (alpha - 1); exp has temperature.
     """
     n = q.shape[-1]
     match method.weighting:
@@ -382,7 +422,7 @@ def compute_weights(args: Args, method: Method, q: jax.Array, temperature: jax.A
 
 def kl_to_uniform(weights: jax.Array) -> jax.Array:
     """KL(w, uniform) (...) of weights (..., N) (appendix F); of their positive part if signed."""
-    p = jnp.maximum(weights, 1e-6)
+    p = jnp.maximum(weights, 1e-6)  # keeps the logarithm finite
     p = p / p.sum(axis=-1, keepdims=True)
     return jnp.log(p.shape[-1]) + jnp.sum(p * jnp.log(p), axis=-1)
 
@@ -399,18 +439,19 @@ def matching_errors(velocity, x_0, key) -> jax.Array:
 
 
 def flow_loss(errors, weights) -> jax.Array:
-    """Reweighted flow matching (equation 8): the mean over N of N w_i times error i."""
+    """Reweighted flow matching, sum_i w_i error_i (equation 8), for errors and weights (N,)."""
     return jnp.sum(weights * errors)
 
 
 def nce_loss(errors, weights, gamma: float) -> jax.Array:
     """Noise contrastive estimation: -sum_i w_i log softmax(-errors / gamma)_i (appendix G).
 
-    The weights are a distribution over the candidates, and so is the softmax, the policy's.
+    A cross-entropy of two distributions over the candidates: the weights, and the policy's, with
+    -errors / gamma in place of its log density. So weights must not be negative and must sum to one.
     """
-    positive_part = jnp.sum(weights * errors) / gamma
-    negative_part = jax.nn.logsumexp(-errors / gamma)
-    return positive_part + negative_part
+    attraction = jnp.sum(weights * errors) / gamma
+    log_partition = jax.nn.logsumexp(-errors / gamma)
+    return attraction + log_partition
 
 
 def fit(loss_fn, optimizer, params, opt_state, keys):
@@ -440,12 +481,13 @@ class Record(NamedTuple):
     """What is measured after an epoch."""
 
     regret: jax.Array  # simple regret; NaN if the network is broken
-    density: jax.Array  # (bins,) how many of 256 evaluation actions lie in each bin of BINS
+    histogram: jax.Array  # (100,) how many of the evaluation's actions lie in each bin of BINS
     loss: jax.Array  # mean over the epoch's gradient steps
     temperature: jax.Array  # that the epoch's weights were computed with
 
 
-BINS = np.linspace(-1.25, 1.25, 101)  # edges of the bins of `Record.density`
+EVAL_ACTIONS = 256  # actions of an evaluation
+BINS = np.linspace(-1.25, 1.25, 101)  # edges; beyond [-1, 1] for a larger --action-bound, and plots
 
 
 def initial_state(args: Args, key) -> State:
@@ -457,7 +499,7 @@ def initial_state(args: Args, key) -> State:
 
     def loss_fn(params, key):
         draw_key, loss_key = jax.random.split(key)
-        x_0 = problem.init_mean + problem.init_std * jax.random.normal(draw_key, (256,))
+        x_0 = problem.init_mean + problem.init_std * jax.random.normal(draw_key, (256,))  # a batch
         errors = matching_errors(partial(net.apply, params), x_0, loss_key)
         return errors.mean()
 
@@ -486,7 +528,7 @@ def initial_states(args: Args) -> tuple[State, jax.Array]:
 
 
 def tune_temperature(args: Args, state: State, weights) -> State:
-    """An Adam step on lambda (target_kl - KL(w, uniform)) (equation 23) in log lambda."""
+    """An Adam step on T (target_kl - KL(w, uniform)) (equation 23) in log T, T the temperature."""
     temperature = jnp.exp(state.log_temperature)
     grad = temperature * (args.target_kl - kl_to_uniform(weights))
     optimizer = optax.adam(args.temperature_lr)
@@ -496,29 +538,25 @@ def tune_temperature(args: Args, state: State, weights) -> State:
 
 
 def evaluate(args: Args, params, key) -> tuple[jax.Array, jax.Array]:
-    """Simple regret () and density (bins,) of the policy, from the 256 quantiles of the noise.
+    """Simple regret () and histogram (100,) of the policy, from quantiles of the noise.
 
     With quantiles in place of draws, the regret of the ODE carries no sampling error.
     """
     problem = PROBLEMS[args.problem]
-    quantiles = jax.scipy.special.ndtri((jnp.arange(256) + 0.5) / 256)
+    quantiles = jax.scipy.special.ndtri((jnp.arange(EVAL_ACTIONS) + 0.5) / EVAL_ACTIONS)
     actions = act(args, params, quantiles, key)
-    regret = max(problem.heights) - reward(problem, actions).mean()
+    regret = problem.best - reward(problem, actions).mean()
     is_finite = jnp.isfinite(actions).all()  # the reward's max may swallow a NaN
-    density, _ = jnp.histogram(actions, BINS)
-    return jnp.where(is_finite, regret, jnp.nan), density
+    histogram, _ = jnp.histogram(actions, BINS)
+    return jnp.where(is_finite, regret, jnp.nan), histogram
 
 
+# The same for all seeds: params and keys (S, ...) to regrets (S,) and histograms (S, 100).
 evaluate_seeds = jax.jit(jax.vmap(evaluate, in_axes=(None, 0, 0)), static_argnums=0)
 
 
-@partial(jax.jit, static_argnames=("args", "method"))
-@partial(jax.vmap, in_axes=(None, None, 0, 0))
 def run_epoch(args: Args, method: Method, state: State, key) -> tuple[State, Record]:
-    """One epoch: states and keys (S, ...) -> the states after it, and records (S, ...).
-
-    Written for one seed and mapped over all by jax.vmap.
-    """
+    """One epoch of one seed: the state after it, and what was measured."""
     act_key, sampler_key, noise_key, fit_key, eval_key = jax.random.split(key, 5)
 
     # 1. Draw candidates, and add noise after the action bound.
@@ -547,19 +585,23 @@ def run_epoch(args: Args, method: Method, state: State, key) -> tuple[State, Rec
     params, opt_state, losses = fit(loss_fn, optimizer, state.params, state.opt_state, keys)
 
     # 5. Evaluate.
-    regret, density = evaluate(args, params, eval_key)
+    regret, histogram = evaluate(args, params, eval_key)
     state = state._replace(params=params, opt_state=opt_state)
-    return state, Record(regret, density, losses.mean(), temperature)
+    return state, Record(regret, histogram, losses.mean(), temperature)
+
+
+# The same for all seeds: states and keys (S, ...) to states and records (S, ...).
+run_epoch_of_seeds = jax.jit(jax.vmap(run_epoch, in_axes=(None, None, 0, 0)), static_argnums=(0, 1))
 
 
 def train(args: Args, method: Method, state: State, keys: jax.Array) -> Record:
     """Train a method on all seeds, from their initial states: records (S, E + 1, ...)."""
     epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    regret, density = evaluate_seeds(args, state.params, epoch_keys(keys, 0))
+    regret, histogram = evaluate_seeds(args, state.params, epoch_keys(keys, 0))
     no_loss = jnp.full_like(regret, jnp.nan)
-    records = [Record(regret, density, no_loss, jnp.exp(state.log_temperature))]
+    records = [Record(regret, histogram, no_loss, jnp.exp(state.log_temperature))]
     for epoch in range(1, args.num_epochs + 1):
-        state, record = run_epoch(args, method, state, epoch_keys(keys, epoch))
+        state, record = run_epoch_of_seeds(args, method, state, epoch_keys(keys, epoch))
         records.append(record)
     return Record(*(np.stack(values, axis=1) for values in zip(*records, strict=True)))
 
@@ -584,16 +626,24 @@ def half_interval(values) -> np.ndarray:
 
 
 def escaped_share(args: Args, regret) -> str:
-    """Seeds that end nearer in reward to the higher optimum, with Wilson's 95%; diverged: not."""
-    low, high = PROBLEMS[args.problem].heights
-    has_escaped = is_sound(regret) & (regret[:, -1] < (high - low) / 2)
+    """How many of all seeds end with a mean reward above the middle, with Wilson's 95% interval.
+
+    A diverged seed has not escaped.
+    """
+    problem = PROBLEMS[args.problem]
+    has_escaped = is_sound(regret) & (problem.best - regret[:, -1] > problem.middle)
     count = int(has_escaped.sum())
     interval = stats.binomtest(count, len(regret)).proportion_ci(method="wilson")
     return f"{count}/{len(regret)} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def print_table(args: Args, regrets: dict[str, np.ndarray]) -> None:
-    """A row for each {name: regret (S, E + 1)}; differences to the first are paired by seed."""
+    """A row for each {name: regret (S, E + 1)}.
+
+    Regrets at three epochs, and the mean over epochs 1 to E: mean over the seeds that did not
+    diverge +- half of its 95% interval. Then the difference of the mean regret to the first method's,
+    paired by seed, with its standard error.
+    """
     last = args.num_epochs
     epochs = sorted({max(last // 5, 1), max(last // 2, 1), last})
     names = list(regrets)
@@ -626,7 +676,7 @@ def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
     left.fill_between(actions, bump, alpha=0.3, label="initial policy (not to scale)")
     left.set(xlabel="action a", ylabel="reward", title=f"problem {args.problem}", ylim=(0, 1.35))
     left.legend(loc="upper left")
-    lowest = max(problem.heights)
+    lowest = problem.best
     for i, (name, regret) in enumerate(regrets.items()):
         sound = regret[is_sound(regret)]
         if len(sound) == 0:
@@ -642,7 +692,7 @@ def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
         low = np.maximum(mean - half, 1e-4)  # an interval may reach zero, where there is no log
         right.fill_between(np.arange(len(mean)), low, mean + half, color=f"C{i}", alpha=0.15)
     right.set(xlabel="epoch", ylabel="simple regret (log scale)", yscale="log")
-    right.set(xlim=(0, args.num_epochs), ylim=(lowest / 3, 2 * max(problem.heights)))
+    right.set(xlim=(0, args.num_epochs), ylim=(lowest / 3, 2 * problem.best))
     right.set_title(f"mean and 95% interval of {args.num_seeds} seeds, {args.matching} matching")
     right.grid(alpha=0.3, which="both")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", handlelength=4)

@@ -55,8 +55,8 @@ def draw(flags: dict, arrays: dict[str, np.ndarray], seed: int) -> Figure:
     """The heat map; `seed` is that of the right column."""
     problem = bandit.PROBLEMS[flags["problem"]]
     methods, bins = arrays["methods"], arrays["bins"]
-    actions_per_policy = arrays["density"][0, 0, 0].sum()
-    density = arrays["density"] / actions_per_policy / np.diff(bins)
+    actions_per_policy = arrays["histogram"][0, 0, 0].sum()
+    density = arrays["histogram"] / actions_per_policy / np.diff(bins)
     rows = len(methods)
     figure = Figure(figsize=(11, 1.1 + 1.9 * rows), layout="constrained")
     axes = figure.subplots(rows, 3, width_ratios=[1, 5, 5], sharey=True, squeeze=False)

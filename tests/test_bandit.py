@@ -314,7 +314,7 @@ def test_files_of_a_run(run):
     assert list(arrays["methods"]) == NAMES
     assert arrays["regret"].shape == arrays["temperature"].shape == (4, 2, 4)
     np.testing.assert_allclose(arrays["regret"].ravel(), [float(r["regret"]) for r in rows], 1e-4)
-    assert (arrays["density"].sum(axis=-1) == 256).all()
+    assert (arrays["histogram"].sum(axis=-1) == 256).all()
     assert (run / "regret.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -337,7 +337,7 @@ def test_the_policys_heat_map(run, tmp_path, capsys):
     image = figure.axes[2].images[0].get_array()  # of the first method, (bins, epochs)
     width = arrays["bins"][1] - arrays["bins"][0]
     np.testing.assert_allclose(image.sum(axis=0) * width, 1)
-    np.testing.assert_allclose(image.T * width * 256, arrays["density"][0, 1])
+    np.testing.assert_allclose(image.T * width * 256, arrays["histogram"][0, 1])
     with pytest.raises(SystemExit, match="^--seed must be one of the run's, 7 to 8, got 9$"):
         plot_bandit.main(plot_bandit.Args(run, seed=9))
     with pytest.raises(SystemExit, match="is not a finished run of bandit.py"):
