@@ -570,8 +570,9 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
     slow_params = {
         "critic": jax.tree.map(jnp.copy, params["critic"]),  # train_step cannot donate one twice
         "std": jnp.ones(()),
-        "entropy": jnp.zeros(()),
-        "actor_loss": jnp.zeros(()),
+        # What was logged of the parts' last steps, for the updates at which they do not step.
+        "actor": {"losses/actor_loss": jnp.zeros(()), "charts/clipped_share": jnp.zeros(())},
+        "log_alpha": {"charts/entropy": jnp.zeros(())},
     }
     optimizers = make_optimizers(hyperparameters)
     return Agent(
@@ -636,17 +637,20 @@ def critic_loss(params, critic: nn.Module, batch: Transition, targets: Targets, 
     return jnp.sum(jnp.mean(rho * (mean_term + std_term), axis=-1)), std.mean()
 
 
-def actor_loss(params, agent: Agent, obs: jax.Array, key: jax.Array) -> jax.Array:
-    """Minus the smaller mean return of one sample at obs (B, obs_dim); `params` are the actor's.
+def actor_loss(params, agent: Agent, obs: jax.Array, key: jax.Array):
+    """Minus the smaller mean return of one sample at obs (B, obs_dim), and its clipped share.
 
-    The gradient passes all steps of the sampler, at fixed noise. The critics are constants.
+    `params` are the actor's, the critics are constants. The gradient passes all steps of the sampler,
+    at fixed noise. It does not pass where the sampler's last x_0 was clipped: the share of the
+    coordinates on the border of the box says how much of the actor learns nothing.
     """
     args = agent.args
     actions = sample_actions(
         agent.actor, params, obs, key, num_samples=1, num_steps=args.diffusion_steps
     )
     mean, _ = agent.critic.apply(agent.params["critic"], obs, actions[:, 0])
-    return -mean.min(axis=0).mean()
+    clipped_share = jnp.mean(jnp.abs(actions) > 0.999)
+    return -mean.min(axis=0).mean(), clipped_share
 
 
 def estimate_entropy(agent: Agent, obs: jax.Array, key: jax.Array) -> jax.Array:
@@ -657,36 +661,38 @@ def estimate_entropy(agent: Agent, obs: jax.Array, key: jax.Array) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """A part of the parameters after an update, and what it is logged with."""
+    """A part of the parameters after an update, and what is logged of it."""
 
     params: Any
     opt_state: Any
-    value: jax.Array
+    metrics: dict
 
 
-def descend(agent: Agent, part: str, grads, value: jax.Array) -> Step:
+def descend(agent: Agent, part: str, grads, metrics: dict) -> Step:
     """One step of the part's optimizer."""
     optimizer = make_optimizers(agent.args)[part]
     changes, opt_state = optimizer.update(grads, agent.opt_state[part])
-    return Step(optax.apply_updates(agent.params[part], changes), opt_state, value)
+    return Step(optax.apply_updates(agent.params[part], changes), opt_state, metrics)
 
 
-def keep(agent: Agent, part: str, value: jax.Array) -> Step:
+def keep(agent: Agent, part: str) -> Step:
     """The part as it is. Adam, given a gradient of zero instead, would go on by its momentum."""
-    return Step(agent.params[part], agent.opt_state[part], value)
+    return Step(agent.params[part], agent.opt_state[part], agent.slow_params[part])
 
 
 def step_actor(agent: Agent, obs: jax.Array, key: jax.Array) -> Step:
-    """The actor after a step, and its loss."""
-    loss, grads = jax.value_and_grad(actor_loss)(agent.params["actor"], agent, obs, key)
-    return descend(agent, "actor", grads, loss)
+    """The actor after a step, its loss and clipped share."""
+    value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
+    (loss, clipped_share), grads = value_and_grad(agent.params["actor"], agent, obs, key)
+    metrics = {"losses/actor_loss": loss, "charts/clipped_share": clipped_share}
+    return descend(agent, "actor", grads, metrics)
 
 
 def step_alpha(agent: Agent, obs: jax.Array, key: jax.Array) -> Step:
     """log alpha after a step, and the entropy; a policy broader than the target lowers alpha."""
     entropy = estimate_entropy(agent, obs, key)
     excess = entropy - TARGET_ENTROPY * agent.action_dim  # the gradient of log alpha times it
-    return descend(agent, "log_alpha", excess, entropy)
+    return descend(agent, "log_alpha", excess, {"charts/entropy": entropy})
 
 
 def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
@@ -699,36 +705,31 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     (q_loss, std), grads = jax.value_and_grad(critic_loss, has_aux=True)(
         params["critic"], agent.critic, batch, targets, last["std"]
     )
-    critic = descend(agent, "critic", grads, q_loss)
+    critic = descend(agent, "critic", grads, {"losses/critic_loss": q_loss, "charts/q_std": std})
     actor = jax.lax.cond(
         agent.num_updates % args.policy_delay == 0,
         partial(step_actor, agent, batch.obs, actor_key),
-        partial(keep, agent, "actor", last["actor_loss"]),
+        partial(keep, agent, "actor"),
     )
     log_alpha = jax.lax.cond(
         agent.num_updates % args.alpha_interval == 0,
         partial(step_alpha, agent, batch.obs, entropy_key),
-        partial(keep, agent, "log_alpha", last["entropy"]),
+        partial(keep, agent, "log_alpha"),
     )
 
     q_values, _ = agent.critic.apply(params["critic"], batch.obs, batch.actions)
     average_std = optax.incremental_update(std, last["std"], args.tau)
-    running = {"std": average_std, "entropy": log_alpha.value, "actor_loss": actor.value}
+    running = {"std": average_std, "actor": actor.metrics, "log_alpha": log_alpha.metrics}
     steps = {"actor": actor, "critic": critic, "log_alpha": log_alpha}
     agent = step_agent(
         agent.replace(slow_params=last | running),
         {part: step.params for part, step in steps.items()},
         {part: step.opt_state for part, step in steps.items()},
     )
-    metrics = {
-        "losses/critic_loss": critic.value,
-        "losses/actor_loss": actor.value,
-        "losses/q_values": q_values.mean(),
-        "charts/q_std": std,
-        "charts/alpha": jnp.exp(params["log_alpha"]),
-        "charts/entropy": log_alpha.value,
-        "charts/params_norm": optax.tree.norm(agent.params),  # NaN if any parameter is
-    }
+    metrics = critic.metrics | actor.metrics | log_alpha.metrics
+    metrics["losses/q_values"] = q_values.mean()
+    metrics["charts/alpha"] = jnp.exp(params["log_alpha"])
+    metrics["charts/params_norm"] = optax.tree.norm(agent.params)  # NaN if any parameter is
     return agent, metrics
 
 

@@ -602,7 +602,8 @@ def dacer_reference(agent, batch, done):
         "losses/q_values": mean.mean(),
         "charts/q_std": std.mean(),
         "charts/alpha": alpha,
-        "charts/entropy": float(slow["entropy"]),
+        "charts/clipped_share": np.mean(np.abs(actions) > 0.999),
+        "charts/entropy": float(slow["log_alpha"]["charts/entropy"]),
     }
 
 
@@ -1135,7 +1136,7 @@ def test_dacer_gradient_through_the_chain_is_that_of_differences():
         params = jax.tree.map(lambda x: np.float64(0.3 * x), agent.params["actor"])
         obs = np.random.default_rng(0).normal(size=(4, OBS_DIM))
         loss_and_gradient = jax.jit(
-            jax.value_and_grad(lambda params: dacer.actor_loss(params, agent, obs, key))
+            jax.value_and_grad(lambda params: dacer.actor_loss(params, agent, obs, key)[0])
         )
         key = jax.random.key(1)
         _, grads = loss_and_gradient(params)
@@ -1147,6 +1148,20 @@ def test_dacer_gradient_through_the_chain_is_that_of_differences():
         slope = float(sum(g.sum() for g in jax.tree.leaves(grads)))
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-4)
     assert abs(slope) > 1e-3
+
+
+def test_dacer_has_no_gradient_where_its_actions_are_clipped():
+    dacer = SCRIPTS["dacer"]
+    agent = fake_agent("dacer", Returns([1.0, 1.2]), diffusion_steps=3)
+    obs = jnp.zeros((4, OBS_DIM))
+    output = agent.params["actor"]["params"]["output"]
+    bias = jnp.full_like(output["bias"], -1e4)  # far beyond the border at every step
+    params = {"params": agent.params["actor"]["params"] | {"output": output | {"bias": bias}}}
+    grads, clipped_share = jax.grad(dacer.actor_loss, has_aux=True)(
+        params, agent, obs, jax.random.key(0)
+    )
+    assert float(clipped_share) == 1
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_dacer_entropy_of_three_modes_and_of_a_constant_sample():
@@ -1176,7 +1191,8 @@ def test_dacer_alpha_moves_at_its_interval_alone_and_toward_the_target_entropy()
         if is_due:
             excess = float(done.metrics["charts/entropy"]) + 0.9 * ACTION_DIM
             assert change * excess < 0
-            assert float(agent.slow_params["entropy"]) == float(done.metrics["charts/entropy"])
+            last = agent.slow_params["log_alpha"]["charts/entropy"]
+            assert float(last) == float(done.metrics["charts/entropy"])
 
 
 def test_dacer_evaluation_is_acting_without_the_added_noise():
