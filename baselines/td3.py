@@ -292,11 +292,14 @@ def create_buffer(capacity: int, obs_dim: int, action_dim: int) -> ReplayBuffer:
 def add_transitions(buffer: ReplayBuffer, transitions: Transition) -> ReplayBuffer:
     """Write E transitions over the oldest ones, in place: the buffer passed in is gone.
 
-    Raises ValueError for more transitions than the buffer holds.
+    Raises ValueError for more transitions than the buffer holds, and for arrays of other shapes.
     """
     capacity, rows = len(buffer.storage.rewards), len(transitions.rewards)
     if rows > capacity:
         raise ValueError(f"{rows} transitions do not fit into a buffer of {capacity}")
+    for name, old, new in zip(Transition._fields, buffer.storage, transitions, strict=True):
+        if new.shape != (rows, *old.shape[1:]):  # it might be broadcast without a word
+            raise ValueError(f"{name} has the shape {new.shape}, not {(rows, *old.shape[1:])}")
     places = (buffer.count + jnp.arange(rows)) % capacity
     storage = jax.tree.map(lambda old, new: old.at[places].set(new), buffer.storage, transitions)
     return ReplayBuffer(storage, buffer.count + rows)

@@ -105,6 +105,15 @@ def test_more_transitions_than_the_buffer_holds_are_refused():
     assert full.count == CAPACITY
 
 
+@pytest.mark.parametrize("field", ["obs", "actions", "rewards", "next_obs", "terminations"])
+def test_a_row_of_another_shape_is_refused_and_not_broadcast(field):
+    buffer = gempo.create_buffer(CAPACITY, 2, 1)
+    rows = transitions(1, 3)
+    wrong = getattr(rows, field).reshape(3, -1, 1)[:, :1]  # (3, 1, 1)
+    with pytest.raises(ValueError, match=rf"{field} has the shape \(3, 1, 1\), not \(3,"):
+        gempo.add_transitions(buffer, rows._replace(**{field: wrong}))
+
+
 def test_rows_of_a_batch_are_as_many_as_asked_for_and_drawn_anew_by_each_key():
     buffer, _ = fill([CAPACITY])
     rows = [gempo.sample_batch(buffer, jax.random.key(i), 50).rewards for i in (0, 0, 1)]
