@@ -14,19 +14,26 @@ the denoising loss with weights w_b that rise with r_b inside a group: exp, line
 which is linear with a floor ell < 0, so that the model is pushed away from bad sequences.
 
 Before that, `prepare` pretrains the denoiser on sequences of 200 letters and trains two oracles of
-their activity, each on one half of the data: one is the reward, the other one only evaluates.
+their activity, each on one half of the data: one is the reward, the other one only evaluates. All
+three wait in runs/cache for later runs with the same data and flags.
 
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
 - data: --data-path FILE.tsv.gz; without it, sequences are generated whose activity is known exactly
 - reward: edit `compute_reward`
-- weights of the samples: edit `compute_weights`
-- pretrained denoiser: --denoiser-path; every run leaves a denoiser.model, and
-  baselines/convert_drakes.py makes one of a checkpoint of DRAKES
+- weights of the samples: edit `zscore_weights`
+- pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
+  baselines/convert_drakes.py makes of a checkpoint of DRAKES. (A run's finetuned.model is of the
+  same form, but starting from it stacks one fine-tuning on another, and the column "pretrained" of
+  the results is then of that model.)
+
+A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
+as if it had never stopped, on the same machine, as long as this file and the files that its flags
+name have not changed. Only the fine-tuning has checkpoints: a pretraining that was stopped begins
+again, one that was done is in the cache.
 
 Shapes: B sequences, or G groups of n; L letters of a sequence; M motifs.
 """
 
-import collections
 import csv
 import gzip
 import hashlib
@@ -38,7 +45,7 @@ import pathlib
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -65,19 +72,19 @@ class Args:
     seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
     preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
     resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
-    checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints; 0: none
+    checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints
     cache_path: str = "runs/cache"  # folder where denoiser and oracles wait for the next run
     data_path: str | None = None  # CSV or TSV file, plain or .gz, with a header; None: generated
-    sequence_column: str = "seq"  # its column of sequences
-    activity_column: str = "hepg2"  # its column of activities
-    split_column: str | None = None  # its column whose values (chromosomes, elements) stay together
+    sequence_column: str = "seq"  # data_path: its column of sequences
+    activity_column: str = "hepg2"  # data_path: its column of activities
+    split_column: str | None = None  # data_path: rows with the same entry here share an oracle
     sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
-    data_size: int = 40_000  # sequences to generate
+    data_size: int = 40_000  # sequences to generate; without --data-path only
     data_seed: int = 0  # seed of generated data, pretraining and oracles
-    denoiser_path: str | None = None  # a denoiser.model to start from, instead of pretraining one
-    hidden_dim: int = 48  # channels of the denoiser
-    num_layers: int = 4  # residual layers of the denoiser
-    pretrain_steps: int = 2_000  # updates of the pretraining
+    denoiser_path: str | None = None  # a denoiser to start from, instead of pretraining one
+    hidden_dim: int = 48  # channels of the denoiser; denoiser_path has its own
+    num_layers: int = 4  # residual layers of the denoiser; denoiser_path has its own
+    pretrain_steps: int = 2_000  # updates of the pretraining; it is not done with --denoiser-path
     pretrain_batch_size: int = 128  # sequences per update of the pretraining
     pretrain_lr: float = 4e-3  # its learning rate (Adam)
     pretrain_warmup: int = 50  # updates over which the rate rises from 0
@@ -85,10 +92,12 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    ell: float = -0.3  # floor of neg on z-scores; not comparable with the RL scripts' ell
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # see REWEIGHTING; simplex: RL scripts' ell
-    exp_temperature: float = 0.1  # zscore: temperature of exp, in units of the reward
-    target_kl: float = 1.5  # simplex: KL budget of the weights in nats (kappa)
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # how weights are scaled: see REWEIGHTING
+    ell: float = -0.3  # lowest weight of neg; zscore: floor on z; simplex: floor on n w
+    exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
+    target_kl: float = (
+        1.5  # KL budget of the weights in nats (kappa), which tunes lambda; simplex only
+    )
     num_updates: int = 100  # updates of the fine-tuning
     num_groups: int = 4  # groups per update (G)
     group_size: int = 32  # sequences per group, weighted against each other (n)
@@ -124,10 +133,11 @@ PRESETS = {
         learning_rate=1e-4,
     ),
 }
-COUNTS = ("sequence_length", "data_size", "hidden_dim", "num_layers", "pretrain_steps")
-COUNTS += ("pretrain_batch_size", "pretrain_warmup", "oracle_dim", "oracle_steps", "num_updates")
-COUNTS += ("num_groups", "times_per_sample", "sample_steps")
-NATURALS = ("seed", "data_seed", "checkpoint_frequency")
+COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "pretrain_warmup")
+COUNTS += ("oracle_dim", "oracle_steps", "num_updates", "num_groups", "times_per_sample")
+COUNTS += ("sample_steps", "checkpoint_frequency")
+LOWEST = dict.fromkeys(COUNTS, 1) | {"seed": 0, "data_seed": 0, "group_size": 2, "eval_samples": 2}
+LOWEST |= {"sequence_length": 40, "data_size": 1_000}
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 
 
@@ -140,27 +150,19 @@ def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
 
 def check_args(args: Args) -> None:
     """Exit with one line if a flag is out of its range."""
-    for flag in COUNTS:
-        require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
-    for flag in NATURALS:
-        require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
+    for flag, lowest in LOWEST.items():
+        require(args, flag, getattr(args, flag) >= lowest, f"a whole number, at least {lowest}")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
-    for flag in ("group_size", "eval_samples"):
-        require(args, flag, getattr(args, flag) >= 2, "a whole number, at least 2")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
-    require(args, "sequence_length", args.sequence_length >= 40, "at least 40")
-    require(args, "data_size", args.data_size >= 1_000, "at least 1000")
-    is_name = args.exp_name != "" and "/" not in args.exp_name
-    require(args, "exp_name", is_name, "a name without slashes")
     if args.normalizer == "simplex":
         log_n = math.log(args.group_size)  # weights that sum to one are never further apart
         below = f"below log(group_size) = {log_n:.3f}"
         require(args, "target_kl", args.target_kl < log_n, below)
         has_sum = args.weighting != "wd1"
         require(args, "weighting", has_sum, "another one, since wd1's weights sum to zero")
-    alone = args.resume is None or args == replace(type(args)(), resume=args.resume)
-    require(args, "resume", alone, "the only flag, since a run keeps its flags")
+    is_alone = args.resume is None or args == Args(resume=args.resume)
+    require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
 
 
 # ============================================= DATA ==============================================
@@ -188,69 +190,53 @@ def decode(tokens) -> list[str]:
 
 
 def read_data(args: Args) -> Data:
-    """The sequences of the CSV or TSV file --data-path; prints how many, and what is left out.
+    """The sequences of the CSV or TSV file --data-path; prints how many, and how many are left out.
 
     Rows with the same entry in --split-column, or without one a sequence and its reverse
     complement, are in the same half. Exits with one line if the file is of no use.
     """
     path = pathlib.Path(args.data_path)
     sequences, activities, groups = [], [], []
-    left_out = collections.Counter()
+    num_rows = 0
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        for sequence, value, group in read_rows(path, args):
-            if set(sequence) - set("ACGT"):
-                left_out["with letters other than A, C, G, T"] += 1
-            elif len(sequence) != args.sequence_length:
-                left_out[f"not of {args.sequence_length} letters"] += 1
-            elif not is_finite_number(value):
-                left_out["without a number"] += 1
-            else:
-                other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
-                sequences.append(sequence)
-                activities.append(float(value))
-                groups.append(group or min(sequence, other_strand))
+        with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, restval="")
+            for column in (args.sequence_column, args.activity_column, args.split_column):
+                if column and column not in (reader.fieldnames or []):
+                    raise ValueError(f"it has no column {column}, only {reader.fieldnames}")
+            for row in reader:
+                num_rows += 1
+                sequence = row[args.sequence_column].strip().upper()
+                activity = parse_number(row[args.activity_column])
+                is_dna = len(sequence) == args.sequence_length and set(sequence) <= set("ACGT")
+                if is_dna and math.isfinite(activity):
+                    other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
+                    group = min(sequence, other_strand)
+                    if args.split_column:
+                        group = row[args.split_column]
+                    sequences.append(sequence)
+                    activities.append(activity)
+                    groups.append(group)
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise SystemExit(f"--data-path {path}: {one_line(error)}") from None
-    counts = [f"{len(sequences)} rows used"]
-    counts += [f"{count} left out, {reason}" for reason, count in left_out.items()]
-    print(f"{path}: {'; '.join(counts)}", flush=True)
+    rule = f"{args.sequence_length} letters A, C, G or T, and a number as the activity"
+    print(f"{path}: {len(sequences)} of {num_rows} rows have {rule}", flush=True)
     _, group_numbers = np.unique(groups, return_inverse=True)
     half = group_numbers % 2 == 1
     if len(half) < 200 or not half.any():
-        raise SystemExit(f"--data-path {path}: 200 rows in two groups are needed; see above")
+        raise SystemExit(f"--data-path {path}: 200 such rows in two groups are needed")
     return Data(encode(sequences), np.float32(activities), half)
 
 
-def read_rows(path: pathlib.Path, args: Args) -> Iterator[tuple[str, str, str]]:
-    """Sequence, activity and entry of --split-column (or "") of each row; may be plain or .gz."""
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
-        delimiter = "\t" if "\t" in file.readline() else ","
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter, restval="")
-        for column in (args.sequence_column, args.activity_column, args.split_column):
-            if column and column not in (reader.fieldnames or []):
-                raise ValueError(f"it has no column {column}, only {reader.fieldnames}")
-        for row in reader:
-            group = row[args.split_column] if args.split_column else ""
-            yield row[args.sequence_column].strip().upper(), row[args.activity_column], group
-
-
-def is_finite_number(text: str) -> bool:
-    """Whether `text` is one."""
+def parse_number(text: str) -> float:
+    """The number that `text` is, or NaN."""
     try:
-        return math.isfinite(float(text))
+        return float(text)
     except ValueError:
-        return False
-
-
-def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
-    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
-    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
-    padded = np.concatenate([tokens, padding])
-    starts = range(0, len(padded), size)
-    parts = [np.asarray(function(padded[start : start + size])) for start in starts]
-    return np.concatenate(parts)[: len(tokens)]
+        return math.nan
 
 
 # ======================================== GENERATED DATA =========================================
@@ -353,10 +339,13 @@ def generate_data(size: int, length: int, seed: int) -> Data:
 
 # =========================================== NETWORKS ============================================
 class Denoiser(nn.Module):
-    """Logits of p(x_0 | x_t), (..., L, 4), at tokens x_t (..., L) or their chances (..., L, 5).
+    """Logits of p(x_0 | x_t), (..., L, 4), at tokens x_t (..., L).
 
-    The network of DRAKES (Wang et al. 2024). It is not told the time there either: its features of
-    the time are those of t = 0 at every t. What they add to each layer is a bias here.
+    baselines/dna_guidance.py gives it one-hot tokens (..., L, 5), which have gradients.
+
+    The network of DRAKES (Wang et al. 2024), so that their checkpoints can be converted. It was
+    made to be told the noise level, but they tell it 0 at every t. What the noise level then adds to
+    a layer is a constant: a bias here.
     """
 
     hidden_dim: int
@@ -374,11 +363,15 @@ class Denoiser(nn.Module):
             y = nn.Conv(self.hidden_dim, (9,), kernel_dilation=dilation, name=f"conv_{i}")(y)
             h = h + nn.relu(y)
         h = nn.relu(nn.Dense(self.hidden_dim, name="head_0")(h))
-        return nn.Dense(5, name="head_1")(h)[..., :MASK]  # the mask never gets probability
+        logits = nn.Dense(5, name="head_1")(h)  # 5, as in DRAKES' checkpoints
+        return logits[..., :MASK]  # the mask never gets probability
 
 
 class Oracle(nn.Module):
-    """Activity (B,) in the data's units, at tokens (B, L) or chances of letters (B, L, 4)."""
+    """Activity (B,) in the data's units, at tokens (B, L).
+
+    baselines/dna_guidance.py gives it chances of the letters (B, L, 4), which have gradients.
+    """
 
     width: int
     mean: float = 0.0  # of the data; the network learns what is left in standard deviations
@@ -424,9 +417,10 @@ T_MIN = 1e-5  # smallest time
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
-    """1 - exp(-sigma_t) = (1 - 1e-3) t, the chance that a letter is masked at t in [0, 1] (MDLM).
+    """(1 - 1e-3) t, the chance that a letter is masked at time t in [0, 1] (MDLM's log-linear noise).
 
-    (d sigma / dt) / expm1(sigma), the weight of the denoising loss at t, is then 1 / t.
+    MDLM writes it as 1 - exp(-sigma) with the total noise sigma(t) = -log(1 - (1 - 1e-3) t), and
+    weighs the denoising loss with sigma'(t) / (exp(sigma) - 1). For this sigma that is 1 / t.
     """
     return (1 - 1e-3) * t
 
@@ -434,7 +428,8 @@ def mask_chance(t: jax.Array) -> jax.Array:
 def denoising_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
     """l(x) (..., n), a bound on -log p(x) in nats, of tokens (..., n, L).
 
-    Each sequence is masked at one time; the n times are antithetic: one in each n-th of (0, 1).
+    Each sequence is masked at one time. The n times are stratified: one lies in each n-th of (0, 1),
+    which makes their mean less noisy than n independent ones.
     """
     t_key, mask_key = jax.random.split(key)
     n = tokens.shape[-2]
@@ -472,7 +467,7 @@ def sample_sequences(denoiser: Model, key, num_samples: int, num_steps: int, len
     return jnp.where(x == MASK, denoiser(x).argmax(axis=-1), x).astype(jnp.uint8)
 
 
-# ==================================== PRETRAINING AND ORACLES ====================================
+# ====================================== PRETRAINING, ORACLES =====================================
 class FitSettings(NamedTuple):
     """How `fit` trains a model."""
 
@@ -519,9 +514,52 @@ def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, se
     return model
 
 
+def fit_or_load(cache_path, code, name, model, loss, data, settings, seed) -> Model:
+    """`fit` of the last six arguments, or what it gave an earlier run, from a file in `cache_path`.
+
+    That run had the same arguments, network and loss, and functions `code`, which the loss calls.
+    A change of T_MIN, of the optimizer in `fit`'s library or the like is not noticed: empty the
+    folder then.
+    """
+    digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
+    for leaf in jax.tree.leaves((model, data)):
+        digest.update(np.asarray(leaf).tobytes())
+    for source in (type(model.network), Model, fit, make_schedule, loss, *code):
+        digest.update(inspect.getsource(source).encode())
+    path = pathlib.Path(cache_path, f"{name}-{digest.hexdigest()[:16]}")
+    if path.exists():
+        return model.replace(params=jax.device_put(read_pickle(path)))
+    model = fit(name, model, loss, data, settings, seed)
+    write_pickle(path, model.params)
+    return model
+
+
 def pretraining_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
     """Denoising loss per letter of tokens (B, L)."""
     return denoising_loss(denoiser, tokens, key).mean() / tokens.shape[-1]
+
+
+def pretrain_denoiser(data: Data, args: Args) -> Model:
+    """A denoiser of the data's sequences."""
+    seed = args.data_seed
+    model = create_model(Denoiser(args.hidden_dim, args.num_layers), args, jax.random.key(seed))
+    rate = args.pretrain_lr, args.pretrain_warmup, args.pretrain_decay
+    settings = FitSettings(args.pretrain_steps, args.pretrain_batch_size, *rate)
+    start = model, pretraining_loss, data.tokens, settings, seed
+    return fit_or_load(args.cache_path, [denoising_loss, mask_chance], "denoiser", *start)
+
+
+def load_denoiser(path: str) -> Model:
+    """The denoiser of a file; exits with one line if it holds none.
+
+    The file is unpickled: load only what you trust.
+    """
+    params = read_pickle(pathlib.Path(path))
+    layers = params.get("params", {})
+    if "conv_in" not in layers:
+        raise SystemExit(f"{path} cannot be used: it holds no denoiser")
+    num_layers = sum(name.startswith("norm_") for name in layers)
+    return Model(jax.device_put(params), Denoiser(len(layers["conv_in"]["bias"]), num_layers))
 
 
 def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
@@ -531,26 +569,18 @@ def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
     return jnp.mean((predicted - activity) ** 2) / oracle.network.std**2
 
 
-def pretrain_denoiser(data: Data, args: Args) -> Model:
-    """A denoiser of the data's sequences."""
-    seed = args.data_seed
-    model = create_model(Denoiser(args.hidden_dim, args.num_layers), args, jax.random.key(seed))
-    rate = args.pretrain_lr, args.pretrain_warmup, args.pretrain_decay
-    settings = FitSettings(args.pretrain_steps, args.pretrain_batch_size, *rate)
-    return fit_or_load(args, "denoiser", model, pretraining_loss, data.tokens, settings, seed)
-
-
-def train_oracle(data: Data, half: bool, args: Args) -> Model:
-    """An oracle of one half of the data. Prints how well it predicts the other half."""
-    is_own = data.half == half
+def train_oracle(data: Data, args: Args, for_evaluation: bool) -> Model:
+    """An oracle of its half of the data. Prints how well it predicts the other half."""
+    is_own = data.half == for_evaluation
     tokens, activity = data.tokens[is_own], data.activity[is_own]
-    name = "evaluation oracle" if half else "reward oracle"
-    width = 3 * args.oracle_dim // 2 if half else args.oracle_dim
-    seed = args.data_seed + int(half)
+    name = "evaluation-oracle" if for_evaluation else "reward-oracle"
+    width = 3 * args.oracle_dim // 2 if for_evaluation else args.oracle_dim
+    seed = args.data_seed + int(for_evaluation)
     network = Oracle(width, float(activity.mean()), float(activity.std()) + 1e-6)
     model = create_model(network, args, jax.random.key(seed))
     settings = FitSettings(args.oracle_steps, batch_size=128, lr=3e-3)
-    oracle = fit_or_load(args, name, model, oracle_loss, (tokens, activity), settings, seed)
+    start = model, oracle_loss, (tokens, activity), settings, seed
+    oracle = fit_or_load(args.cache_path, [], name, *start)
     predicted = in_batches(partial(predict, oracle), data.tokens[~is_own])
     correlation = stats.spearmanr(predicted, data.activity[~is_own]).statistic
     print(f"{name}: Spearman correlation {correlation:.3f} on the other half", flush=True)
@@ -572,11 +602,13 @@ def prepare(args: Args) -> Setup:
         data = read_data(args)
     else:
         data = generate_data(args.data_size, args.sequence_length, args.data_seed)
-    reward_oracle = train_oracle(data, False, args)
-    eval_oracle = train_oracle(data, True, args)
+    reward_oracle = train_oracle(data, args, for_evaluation=False)
+    eval_oracle = train_oracle(data, args, for_evaluation=True)
     if args.denoiser_path:
-        return Setup(data, load_denoiser(args.denoiser_path), reward_oracle, eval_oracle)
-    return Setup(data, pretrain_denoiser(data, args), reward_oracle, eval_oracle)
+        denoiser = load_denoiser(args.denoiser_path)
+    else:
+        denoiser = pretrain_denoiser(data, args)
+    return Setup(data, denoiser, reward_oracle, eval_oracle)
 
 
 # ============================================ REWARD =============================================
@@ -584,56 +616,82 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
     Put your own here: any Python that returns B finite numbers; no gradient is taken of it.
-    `decode(tokens)` gives the sequences as strings.
+    `decode(tokens)` gives the sequences as strings. Both oracles are still trained, and
+    predicted_activity stays what the evaluation oracle says.
     """
     return predict(setup.reward_oracle, tokens)
 
 
 # ========================================== REWEIGHTING ==========================================
 # A weighting gives the samples of a group weights that rise with their rewards. The weights are
-# constants in the loss: no gradient flows through them. Two ways to normalize the rewards:
+# constants in the loss: no gradient flows through them. Two ways to scale them:
 #
-# zscore, the authors' code for DNA: z = (r - mean) / std inside the group, and
+# zscore, the authors' code for DNA. With z = (r - mean) / std inside the group,
 #     linear  clip(z, 0, 3)         square  z^2 where z > 0        neg  clip(z, ell, 3)
+#   and, of the rewards as they are,
 #     exp     softmax(r / exp_temperature), as RL-D2
-#     wd1     softmax(r) - softmax(-r) of the rewards as they are, as in the authors' code; the
-#             paper's Example 3.4 (and bandit.py) has z in the place of r
-#   ell is a floor on z, the lowest weight of a bad sequence: the loss pushes the model away from it.
-#   At ell = -0.3 the mean weight of normal rewards is 0.27, so the floor is 1.1 mean weights below 0.
+#     wd1     softmax(r) - softmax(-r), as in the authors' code; the paper's Example 3.4 (and
+#             bandit.py) has z in the place of r
+#   ell is a floor on z. Normal rewards have a mean weight of 0.27 at ell = -0.3, so that the floor
+#   is 1.1 mean weights below 0.
 #
-# simplex, the paper's theory (Appendix E) and the RL scripts: weights that sum to one,
+# simplex, the paper's theory (Appendix E) and the RL scripts. Weights that sum to one over a group,
 #     exp(y), max(y, 0), max(y, 0)^2 or max(y, ell / n), with y = (r - nu) / lambda
-#   with nu such that they do. lambda is tuned to the KL budget target_kl (Appendix F). ell is a
-#   floor on n w, whose mean is 1: at ell = -0.3 it is 0.3 mean weights below 0. The functions are
-#   those of gempo_exp.py, gempo_square.py and gempo_neg.py, where their derivations stand; neg is
-#   linear at ell = 0.
+#   with nu such that they do, and lambda tuned to the KL budget target_kl (Appendix F). ell is a
+#   floor on n w, whose mean is 1: at ell = -0.3 it is 0.3 mean weights below 0. The two meanings of
+#   ell are not comparable; the RL scripts have this one.
+#
+# A negative weight pushes the model away from a sequence: its denoising loss is raised. Nothing
+# bounds that from below and no KL term holds the model near the pretrained one; what restrains it
+# is the floor on the weights, the clipped gradient and the small number of updates.
+#
+# To add a weighting: a branch in zscore_weights, and its name in Args.weighting.
 
 
-def compute_weights(rewards: jax.Array, temperature: jax.Array, args: Args) -> jax.Array:
-    """Weights (G, n) of rewards (G, n). Add your own weighting here."""
+def compute_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
+    """Weights (G, n) of rewards (G, n)."""
     if args.normalizer == "simplex":
-        return simplex_weights(rewards, temperature, args)
+        return simplex_weights(rewards, simplex_lambda, args)
+    return zscore_weights(rewards, args)
+
+
+def zscore_weights(rewards: jax.Array, args: Args) -> jax.Array:
+    """Weights (G, n) as in the authors' code. Add your own weighting here."""
+    mean = rewards.mean(axis=-1, keepdims=True)
+    std = rewards.std(axis=-1, keepdims=True)
+    z = (rewards - mean) / (std + 1e-6)
+    if args.weighting == "linear":
+        return jnp.clip(z, 0.0, 3.0)
+    if args.weighting == "square":
+        return jnp.maximum(z, 0.0) ** 2
+    if args.weighting == "neg":
+        return jnp.clip(z, args.ell, 3.0)
     if args.weighting == "exp":
         return nn.softmax(rewards / args.exp_temperature)
     if args.weighting == "wd1":
         return nn.softmax(rewards) - nn.softmax(-rewards)
-    mean = rewards.mean(axis=-1, keepdims=True)
-    std = rewards.std(axis=-1, keepdims=True)
-    z = (rewards - mean) / (std + 1e-6)
-    if args.weighting == "square":
-        return jnp.maximum(z, 0.0) ** 2
-    floor = args.ell if args.weighting == "neg" else 0.0
-    return jnp.clip(z, floor, 3.0)
+    raise ValueError(f"zscore_weights does not know {args.weighting}")
 
 
-def simplex_weights(rewards: jax.Array, temperature: jax.Array, args: Args) -> jax.Array:
-    """Weights (G, n) that sum to one over n."""
+def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
+    """Weights (G, n) that sum to one over n. neg is linear at ell = 0."""
     if args.weighting == "exp":
-        return reweight_exp(rewards, temperature)
+        return reweight_exp(rewards, simplex_lambda)
+    if args.weighting == "linear":
+        return reweight_neg(rewards, simplex_lambda, 0.0)
     if args.weighting == "square":
-        return reweight_square(rewards, temperature)
-    ell = args.ell if args.weighting == "neg" else 0.0
-    return reweight_neg(rewards, temperature, ell)
+        return reweight_square(rewards, simplex_lambda)
+    if args.weighting == "neg":
+        return reweight_neg(rewards, simplex_lambda, args.ell)
+    raise ValueError(f"simplex_weights does not know {args.weighting}")
+
+
+# The functions of simplex are those of gempo_{exp,square,neg}.py word for word, where they are
+# derived. Their names: q are the rewards, temp is lambda, and N is n. With q in descending order,
+# `excess` at rank k is what the top k would sum to, times temp, if nu were q_k; it rises with k, and
+# those ranks are active (above nu) where it does not pass the sum that is asked for. In square (where
+# q is divided by temp, and the sum is of squares), `deviations` are D_k, the sums of squared
+# deviations from the mean of the top k.
 
 
 def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
@@ -704,90 +762,112 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 
 
 # ========================================== FINE-TUNING ==========================================
+LAMBDA_OPTIMIZER = optax.adam(0.03)  # of log lambda, in simplex
+
+
 class State(NamedTuple):
     """All that fine-tuning changes: a checkpoint is one of these, and the flags.
 
-    Resuming is exact because there is nothing else: random keys are made from the seed and the
-    number of the update, data and oracles from the flags.
+    Resuming is exact because everything else is made anew: random keys from the seed and the number
+    of the update, data, denoiser and oracles from the flags. So code, reward, data file and
+    denoiser file must not have changed.
     """
 
     update: int  # updates made
-    params: dict  # "denoiser", a Model, and "log_lambda", the logarithm of the temperature
+    denoiser: Model
     opt_state: Any
-
-
-def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, for the denoiser with a clipped gradient (the authors' clip)."""
-    clip = optax.clip_by_global_norm(10.0)
-    optimizers = {
-        "denoiser": optax.chain(clip, optax.adam(args.learning_rate)),
-        "log_lambda": optax.adam(0.03),
-    }
-    return optax.multi_transform(optimizers, {part: part for part in optimizers})
+    log_lambda: jax.Array  # logarithm of simplex's lambda; zscore has none and leaves it at 0
+    lambda_opt_state: Any
 
 
 def create_state(args: Args, denoiser: Model) -> State:
-    """The beginning of a fine-tuning: the pretrained denoiser and a temperature of 1."""
-    params = {"denoiser": denoiser, "log_lambda": jnp.zeros(())}
-    return State(0, params, make_optimizer(args).init(params))
+    """The beginning of a fine-tuning: the pretrained denoiser and lambda = 1."""
+    log_lambda = jnp.zeros(())
+    opt_state = make_optimizer(args).init(denoiser)
+    return State(0, denoiser, opt_state, log_lambda, LAMBDA_OPTIMIZER.init(log_lambda))
 
 
-def finetuning_loss(params: dict, tokens, weights, key, args: Args) -> tuple[jax.Array, dict]:
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam on a clipped gradient (the authors' clip).
+
+    Adam does not see the scale of the weights, but the clip does: over a group of n, zscore's
+    weights of normal rewards sum to 0.27 n (neg, ell = -0.3), simplex's and zscore's exp to one. So
+    10 is a tighter limit in zscore.
+    """
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
+
+
+def weighted_loss(denoiser: Model, tokens, weights, key, args: Args) -> jax.Array:
     """Reweighted denoising (equation 8) per letter of tokens (G, n, L) with weights (G, n)."""
     repeated = jnp.broadcast_to(tokens, (args.times_per_sample, *tokens.shape))
-    nats = denoising_loss(params["denoiser"], repeated, key).mean(axis=0)  # (G, n)
-    loss = jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[-1]
-    lambda_loss, kl = temperature_loss(params["log_lambda"], weights, args.target_kl)
-    metrics = {"losses/weighted_loss": loss, "charts/kl": kl}
-    if args.normalizer == "zscore":
-        return loss, metrics
-    return loss + lambda_loss, metrics
+    nats = denoising_loss(denoiser, repeated, key).mean(axis=0)  # (G, n)
+    return jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[-1]
 
 
 @partial(jax.jit, static_argnames="args")
-def learn(params: dict, opt_state, tokens: jax.Array, weights: jax.Array, key, args: Args):
+def learn(denoiser: Model, opt_state, tokens: jax.Array, weights: jax.Array, key, args: Args):
     """One gradient step on tokens (G, n, L) with weights (G, n).
 
-    Returns new parameters and state of the optimizer, and scalars to log.
+    Returns the new denoiser and state of the optimizer, and scalars to log.
     """
-    grad = jax.grad(finetuning_loss, has_aux=True)
-    grads, metrics = grad(params, tokens, weights, key, args)
-    updates, opt_state = make_optimizer(args).update(grads, opt_state)
-    metrics["losses/gradient_norm"] = optax.tree.norm(grads["denoiser"])
-    metrics["charts/temperature"] = jnp.exp(params["log_lambda"])
-    metrics["weights/min"] = weights.min()
-    metrics["weights/mean"] = weights.mean()
-    metrics["weights/max"] = weights.max()
-    metrics["weights/negative_share"] = jnp.mean(weights < 0)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    loss, grads = jax.value_and_grad(weighted_loss)(denoiser, tokens, weights, key, args)
+    optimizer = make_optimizer(args)  # made while this function is compiled, not in every update
+    updates, opt_state = optimizer.update(grads, opt_state)
+    metrics = {
+        "losses/weighted_loss": loss,
+        "losses/gradient_norm": optax.tree.norm(grads),
+        "weights/min": weights.min(),
+        "weights/mean": weights.mean(),
+        "weights/max": weights.max(),
+        "weights/negative_share": jnp.mean(weights < 0),
+    }
+    return optax.apply_updates(denoiser, updates), opt_state, metrics
+
+
+@jax.jit
+def tune_lambda(log_lambda: jax.Array, opt_state, weights: jax.Array, target_kl: float):
+    """One step of simplex's log lambda toward the KL budget: it, its optimizer's state, the KL."""
+    grad, kl = jax.grad(temperature_loss, has_aux=True)(log_lambda, weights, target_kl)
+    update, opt_state = LAMBDA_OPTIMIZER.update(grad, opt_state)
+    return log_lambda + update, opt_state, kl
+
+
+def split_seed(args: Args) -> jax.Array:
+    """Two random keys: of the fine-tuning, and of the evaluation's samples."""
+    return jax.random.split(jax.random.key(args.seed))
 
 
 def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
     """The denoiser after updates, each of which samples, rewards, weighs, steps and logs."""
     groups = args.num_groups, args.group_size
     sizes = math.prod(groups), args.sample_steps, args.sequence_length
-    finetune_key, _ = jax.random.split(jax.random.key(args.seed))  # `draw_samples` uses the other
+    finetune_key, _ = split_seed(args)
     bar = progress_bar("fine-tuning", state.update, args.num_updates)
     for update in bar:
-        params = state.params
         sample_key, loss_key = jax.random.split(jax.random.fold_in(finetune_key, update))
 
         # 1. Sample groups of sequences from the current model: every update has its own.
-        tokens = sample_sequences(params["denoiser"], sample_key, *sizes)  # (G n, L)
+        tokens = sample_sequences(state.denoiser, sample_key, *sizes)  # (G n, L)
 
         # 2. Reward each sequence.
         rewards = jnp.asarray(compute_reward(tokens, setup), jnp.float32)  # (G n,)
 
         # 3. Weigh the sequences of a group against each other.
-        temperature = jnp.exp(params["log_lambda"])
-        weights = compute_weights(rewards.reshape(groups), temperature, args)  # (G, n)
+        simplex_lambda = jnp.exp(state.log_lambda)
+        weights = compute_weights(rewards.reshape(groups), simplex_lambda, args)  # (G, n)
 
-        # 4. Step: one gradient of the weighted denoising loss.
+        # 4. Step: one gradient of the weighted denoising loss, and one of lambda.
         grouped = tokens.reshape(*groups, -1)  # (G, n, L)
-        params, opt_state, metrics = learn(
-            params, state.opt_state, grouped, weights, loss_key, args
+        denoiser, opt_state, metrics = learn(
+            state.denoiser, state.opt_state, grouped, weights, loss_key, args
         )
-        state = State(update + 1, params, opt_state)
+        log_lambda, lambda_opt_state = state.log_lambda, state.lambda_opt_state
+        if args.normalizer == "simplex":
+            log_lambda, lambda_opt_state, kl = tune_lambda(
+                log_lambda, lambda_opt_state, weights, args.target_kl
+            )
+            metrics |= {"charts/kl": kl, "charts/lambda": simplex_lambda}
+        state = State(update + 1, denoiser, opt_state, log_lambda, lambda_opt_state)
 
         # 5. Log, and once in a while save.
         metrics["charts/reward"] = jnp.median(rewards)
@@ -796,17 +876,16 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
             metrics["charts/true_activity"] = jnp.median(true_activity(tokens))
         run.log(state.update, metrics)
         bar.set_postfix({"reward": f"{metrics['charts/reward']:.2f}"}, refresh=False)
-        is_last = state.update == args.num_updates
-        if args.checkpoint_frequency and (is_last or state.update % args.checkpoint_frequency == 0):
+        if state.update % args.checkpoint_frequency == 0:
             run.save(state)
-    return state.params["denoiser"]
+    return state.denoiser
 
 
 # ========================================== EVALUATION ===========================================
 def draw_samples(denoiser: Model, args: Args) -> np.ndarray:
     """Tokens (eval_samples, L), in batches of the fine-tuning's size: it compiles nothing else."""
     size = args.num_groups * args.group_size
-    _, eval_key = jax.random.split(jax.random.key(args.seed))
+    _, eval_key = split_seed(args)
     keys = jax.random.split(eval_key, math.ceil(args.eval_samples / size))
     sizes = size, args.sample_steps, args.sequence_length
     samples = [sample_sequences(denoiser, key, *sizes) for key in keys]
@@ -840,56 +919,45 @@ def correlate(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
-    """Metrics of samples, tokens (B, L); the paper's Table 3 is the first.
+    """Metrics of samples, tokens (B, L).
 
-    Correlations are with the most active 0.1% of the data (1% of fewer than 100,000 sequences).
+    "The top" are the most active 0.1% of the data (1% of fewer than 100,000 sequences).
     """
-    data, length = setup.data, tokens.shape[1]
+    data = setup.data
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
     top = data.tokens[data.activity >= np.quantile(data.activity, 1 - share)]
-    letter_shares = np.mean(tokens[..., None] == np.arange(4), axis=0)  # (L, 4)
-    no_self_pairs = len(tokens) / (len(tokens) - 1)  # a sequence is not compared with itself
-    likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
-    metrics = {
-        "predicted_activity": np.median(in_batches(partial(predict, setup.eval_oracle), tokens)),
-        "reward": np.median(in_batches(partial(compute_reward, setup=setup), tokens)),
-    }
+    metrics = {}
+
+    # Median activity by the oracle that fine-tuning has not seen: what the paper's Table 3 reports.
+    predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
+    metrics["predicted_activity"] = np.median(predicted)
+    # Median of what fine-tuning maximizes. Far above predicted_activity: its oracle is being fooled.
+    metrics["reward"] = np.median(compute_reward(tokens, setup))
+    # Median of the truth, which only generated data have.
     if not args.data_path:
         metrics["true_activity"] = np.median(in_batches(true_activity, tokens))
+    # Whether words of three letters are as frequent as in the top, and motifs in the same order.
+    metrics["kmer_pearson"] = correlate(count_kmers(tokens), count_kmers(top))
     motif_ranks = [stats.rankdata(count_motifs(x)) for x in (tokens, top)]
-    metrics |= {
-        "kmer_pearson": correlate(count_kmers(tokens), count_kmers(top)),
-        "motif_spearman": correlate(*motif_ranks),
-        "log_likelihood_bound": np.median(in_batches(likelihood, tokens, size=128)),
-        "unique_fraction": len(np.unique(tokens, axis=0)) / len(tokens),
-        "hamming_distance": (length - np.sum(letter_shares**2)) * no_self_pairs,
-        "gc": np.mean((tokens == 1) | (tokens == 2)),
-    }
+    metrics["motif_spearman"] = correlate(*motif_ranks)
+    # How natural they are: median bound of log p(x) in nats under the PRETRAINED denoiser.
+    likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
+    metrics["log_likelihood_bound"] = np.median(in_batches(likelihood, tokens, size=128))
+    # Share of distinct sequences, and in how many letters two of them differ on average: two draws
+    # differ in a letter with the chance 1 - sum of squared shares; B / (B - 1) leaves out self-pairs.
+    metrics["unique_fraction"] = len(np.unique(tokens, axis=0)) / len(tokens)
+    letter_shares = np.mean(tokens[..., None] == np.arange(4), axis=0)  # (L, 4)
+    differing = np.sum(1 - np.sum(letter_shares**2, axis=1))
+    metrics["hamming_distance"] = differing * len(tokens) / (len(tokens) - 1)
+    # Share of G and C among the letters; the generated data have .46.
+    metrics["gc"] = np.mean((tokens == 1) | (tokens == 2))
     return {name: float(value) for name, value in metrics.items()}
-
-
-def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
-    """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
-    columns = {"predicted_activity": in_batches(partial(predict, setup.eval_oracle), tokens)}
-    if not args.data_path:
-        columns["true_activity"] = in_batches(true_activity, tokens)
-    is_site = in_batches(find_sites, tokens) == 1
-    names = list(MOTIFS)
-    lines = []
-    for i, sequence in enumerate(decode(tokens)):
-        fields = [f"{name}={values[i]:.3f}" for name, values in columns.items()]
-        sites = []
-        for start, k in np.argwhere(is_site[i]):
-            sites.append(f"{names[k]}:{start}-{start + len(SITES[k])}")
-        fields.append(f"sites={','.join(sites)}")
-        lines += [f">{i} {' '.join(fields)}", sequence]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
     """Write metrics and sequences of two samples, tokens (B, L), into a run's folder `path`.
 
-    Prints the metrics and returns them.
+    Prints the metrics and returns them. Draws pictures if benchmark/plot_dna.py is there.
     """
     samples = {"pretrained": before, "finetuned": after}
     metrics = {}
@@ -901,11 +969,10 @@ def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
     for name, value in metrics["pretrained"].items():
         print(f"{name:24}{value:12.3f}{metrics['finetuned'][name]:12.3f}")
     try:
-        from benchmark import plot_dna  # in the repository, beside this file
-    except ImportError as error:
-        print(f"no pictures: {one_line(error)}")
-    else:
-        plot_dna.draw(path)
+        from benchmark import plot_dna
+    except ImportError:  # this file was copied elsewhere
+        return metrics
+    plot_dna.draw(path)
     return metrics
 
 
@@ -913,19 +980,20 @@ def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
 def main(args: Args) -> dict:
     """Fine-tune, write everything to runs/{run}, and return the metrics."""
     check_args(args)
-    checkpoint = None
+    saved_leaves = None
     if args.resume:
-        args, checkpoint = load_checkpoint(args.resume)
-    with RunFolder(args, args.weighting, checkpoint) as run:
-        setup = prepare(args)
-        before = draw_samples(setup.denoiser, args)
-        state = create_state(args, setup.denoiser)
-        if checkpoint:
-            state = jax.tree.unflatten(jax.tree.structure(state), checkpoint["leaves"])
-        denoiser = finetune(args, setup, state, run)
-        after = draw_samples(denoiser, args)
-        save_params(run.path / "denoiser.model", denoiser)
-        return report(run.path, before, after, setup, args)
+        args, saved_leaves = load_checkpoint(args.resume)
+    run = RunFolder(args, args.weighting)
+    setup = prepare(args)
+    before = draw_samples(setup.denoiser, args)
+    state = create_state(args, setup.denoiser)
+    if saved_leaves is not None:
+        state = jax.tree.unflatten(jax.tree.structure(state), saved_leaves)
+        run.rewind_log(state.update)
+    denoiser = finetune(args, setup, state, run)
+    after = draw_samples(denoiser, args)
+    write_pickle(run.path / "finetuned.model", denoiser.params)
+    return report(run.path, before, after, setup, args)
 
 
 # ========================================== RUN FOLDER ===========================================
@@ -933,72 +1001,71 @@ def main(args: Args) -> dict:
 
 
 class RunFolder:
-    """The folder of a run, with its flags, TensorBoard log and checkpoints.
+    """The folder of a run, with its flags, TensorBoard log and last checkpoint."""
 
-    One process writes a folder at a time. A `with` block ends in one line if the disk is full.
-    """
-
-    def __init__(self, args: Args, method: str, checkpoint: dict | None = None):
+    def __init__(self, args: Args, method: str):
+        """`method` begins the folder's name; baselines/dna_guidance.py has others."""
         self.args = args
-        self.saved_update = checkpoint["update"] if checkpoint else None
         name = f"{method}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.path = pathlib.Path(args.resume or f"runs/{name}")
-        flags = {"script": type(args).exp_name} | asdict(args)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.path)
-            (self.path / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
-            self.writer = EventFileWriter(str(self.path))
-        except OSError as error:
-            what = "cannot be written, or another process is writing it"
-            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
-        if checkpoint:
-            # TensorBoard drops what earlier files say of this step and later ones.
-            start = SessionLog(status=SessionLog.START)
-            step = self.saved_update + 1
-            self.writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+        self.path.mkdir(parents=True, exist_ok=args.resume is not None)
+        (self.path / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        self.writer = EventFileWriter(str(self.path))
         device = jax.devices()[0].device_kind
         print(f"{method} on {device}: tensorboard --logdir {self.path}", flush=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, error, traceback):
-        try:
-            self.writer.close()
-        except OSError as close_error:
-            error = error or close_error
-        self.lock.close()
-        if isinstance(error, OSError):
-            self.stop(error)
+    def rewind_log(self, update: int) -> None:
+        """Let TensorBoard drop what was logged after `update`."""
+        start = SessionLog(status=SessionLog.START)
+        self.writer.add_event(Event(wall_time=time.time(), step=update + 1, session_log=start))
 
     def log(self, update: int, scalars: dict[str, jax.Array]) -> None:
         """Write an update's scalars to TensorBoard; exits with one line if one is not finite."""
         scalars = {tag: float(value) for tag, value in scalars.items()}
         for tag, value in scalars.items():
             if not math.isfinite(value):
-                self.stop(f"non-finite {tag} in update {update}")
+                raise SystemExit(f"{self.path} stopped: {tag} is {value} in update {update}")
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         summary = Summary(value=values)
         self.writer.add_event(Event(wall_time=time.time(), step=update, summary=summary))
-        self.writer.flush()  # the log is never behind a checkpoint; a full disk shows here
-
-    def stop(self, reason) -> None:
-        """Exit with one line that gives the reason and the last checkpoint."""
-        saved = "none" if self.saved_update is None else f"update {self.saved_update}"
-        line = f"{self.path} stopped: {one_line(reason)}; last checkpoint: {saved}"
-        raise SystemExit(line) from None
+        self.writer.flush()  # the log is never behind a checkpoint
 
     def save(self, state: State) -> None:
-        """Write checkpoints/{update}; the one before it is kept, older ones are removed."""
-        content = {"script": Args.exp_name, "args": asdict(self.args), "update": state.update}
-        content["leaves"] = jax.device_get(jax.tree.leaves(state))
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        write_file(folder / str(state.update), content)
-        for old_update in checkpoint_steps(folder)[:-2]:
-            (folder / str(old_update)).unlink()
-        self.saved_update = state.update
+        """Write the file `checkpoint`, in the place of the one before it."""
+        content = {"args": asdict(self.args), "leaves": jax.tree.leaves(state)}
+        write_pickle(self.path / "checkpoint", content)
+
+
+def load_checkpoint(resume: str) -> tuple[Args, list]:
+    """Flags and leaves of the `State` of a run's checkpoint; exits with one line if it has none."""
+    content = read_pickle(pathlib.Path(resume, "checkpoint"))
+    return replace(Args(**content["args"]), resume=resume), content["leaves"]
+
+
+def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
+    """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
+    predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
+    truth = in_batches(true_activity, tokens)
+    is_site = in_batches(find_sites, tokens) == 1  # (B, L, M)
+    names = list(MOTIFS)
+    lines = []
+    for i, sequence in enumerate(decode(tokens)):
+        header = f">{i} predicted_activity={predicted[i]:.3f}"
+        if not args.data_path:
+            header += f" true_activity={truth[i]:.3f}"
+        places = np.argwhere(is_site[i])
+        sites = [f"{names[k]}:{start}-{start + len(SITES[k])}" for start, k in places]
+        lines += [f"{header} sites={','.join(sites)}", sequence]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
+    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
+    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
+    padded = np.concatenate([tokens, padding])
+    starts = range(0, len(padded), size)
+    parts = [np.asarray(function(padded[start : start + size])) for start in starts]
+    return np.concatenate(parts)[: len(tokens)]
 
 
 def progress_bar(name: str, first: int, total: int) -> tqdm:
@@ -1008,106 +1075,20 @@ def progress_bar(name: str, first: int, total: int) -> tqdm:
     return tqdm(steps, name, total, initial=first, mininterval=seconds, file=sys.stdout)
 
 
-def load_checkpoint(resume: str) -> tuple[Args, dict]:
-    """Flags and content of the newest checkpoint of a run; exits with one line if it has none."""
-    folder = pathlib.Path(resume, "checkpoints")
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise SystemExit(f"--resume {resume}: there is no checkpoint in {folder}")
-    content = load_content(folder / str(steps[-1]))
-    return replace(Args(**content["args"]), resume=resume), content
-
-
-def checkpoint_steps(folder: pathlib.Path) -> list[int]:
-    """The steps of the checkpoints in a folder, in ascending order."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-
-
-def fit_or_load(args: Args, name: str, model: Model, loss: Callable, data, settings, seed) -> Model:
-    """`fit`, or what it gave an earlier run with the same arguments and the same code."""
-    digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
-    for leaf in jax.tree.leaves((model, data)):
-        digest.update(np.asarray(leaf).tobytes())
-    for code in (type(model.network), loss, denoising_loss, fit):
-        digest.update(inspect.getsource(code).encode())
-    file_name = f"{name.replace(' ', '-')}-{digest.hexdigest()[:16]}"
-    path = pathlib.Path(args.cache_path, file_name)
-    if path.exists():
-        return model.replace(params=load_params(path))
-    model = fit(name, model, loss, data, settings, seed)
-    save_params(path, model)
-    return model
-
-
-def load_denoiser(path: str) -> Model:
-    """The denoiser of a file by `save_params`; exits with one line if it cannot be used.
-
-    The file is unpickled: load only what you trust.
-    """
-    params = load_params(pathlib.Path(path))
-    layers = params["params"]
-    if "conv_in" not in layers:
-        raise SystemExit(f"{path} cannot be used: it holds no denoiser")
-    num_layers = sum(name.startswith("norm_") for name in layers)
-    return Model(params, Denoiser(len(layers["conv_in"]["bias"]), num_layers))
-
-
-def load_params(path: pathlib.Path) -> dict:
-    """The parameters of a file by `save_params`; exits with one line if it cannot be used."""
-    content = load_content(path)
-    if "params" not in content:
-        raise SystemExit(f"{path} cannot be used: it is a checkpoint of a run")
-    return jax.device_put(content["params"])
-
-
-def save_params(path: pathlib.Path, model: Model) -> None:
-    """Write a model's parameters; exits with one line if it cannot be done."""
-    own_path = path.with_name(f"{path.name}-{os.getpid()}")  # two runs may write the same file
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(own_path, {"script": Args.exp_name, "params": jax.device_get(model.params)})
-        os.replace(own_path, path)
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written: {one_line(error)}") from None
-
-
-def load_content(path: pathlib.Path) -> dict:
-    """What `write_file` wrote; exits with one line if it is damaged or another script's."""
-    try:
-        with gzip.open(path) as file:
-            content = pickle.loads(file.read())  # read to the end, where the checksum stands
-        if content["script"] != Args.exp_name:
-            raise ValueError(f"it was written by {content['script']}.py")
-    except Exception as error:  # of any kind: the file may hold anything
-        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
-    return content
-
-
-def write_file(path: pathlib.Path, content: dict) -> None:
-    """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
-            pickle.dump(content, gzip_file)
-        file.flush()
-        os.fsync(file.fileno())
+def write_pickle(path: pathlib.Path, content) -> None:
+    """Write a tree of plain data and arrays, whole or not at all: it is renamed when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file
+    temporary.write_bytes(pickle.dumps(jax.device_get(content)))
     os.replace(temporary, path)
 
 
-def lock_folder(folder: pathlib.Path):
-    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
-    file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
+def read_pickle(path: pathlib.Path) -> Any:
+    """What `write_pickle` wrote; exits with one line if the file cannot be used."""
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
-    except OSError:
-        file.close()
-        raise
-    return file
+        return pickle.loads(path.read_bytes())
+    except Exception as error:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: {one_line(error)}") from None
 
 
 def one_line(error) -> str:
@@ -1116,10 +1097,16 @@ def one_line(error) -> str:
 
 
 def parse_args(args_class: type = Args) -> Args:
-    """The flags of the command line, on top of those of --preset."""
+    """The flags of the command line, on top of those of --preset.
+
+    baselines/dna_guidance.py imports this file, and has a class of flags of its own.
+    """
     preset = tyro.cli(args_class).preset
     return tyro.cli(args_class, default=args_class(preset=preset, **PRESETS[preset]))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except OSError as error:  # a folder that cannot be written, or a full disk
+        raise SystemExit(one_line(error)) from None
