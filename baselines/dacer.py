@@ -10,8 +10,8 @@
 Paper: "Diffusion Actor-Critic with Entropy Regulator", Wang et al., 2024, arXiv 2405.15177. The
 sampler a = f(x_T, s), all T steps with their noise, is differentiated: the actor climbs the critics
 through it. What keeps the policy broad is noise c alpha xi added to the actions, whose size alpha
-holds an estimate of the policy's entropy at a target. The critics are those of DSAC: the return is
-N(mean_j, std_j^2).
+holds an estimate of the policy's entropy at a target. The critics are those of DSAC-T (Duan et al.,
+2023, arXiv 2310.05858): the return is N(mean_j, std_j^2). With ' for the target critics:
 
     a'   = clip(f(x_T, s') + c alpha xi, -1, 1),  j = argmin_j mean'_j(s', a') by row
     y    = 0.2 r + gamma (1 - terminated) mean'_j(s', a')
@@ -19,19 +19,23 @@ N(mean_j, std_j^2).
     critics, at every update: sum over j of the mean of
            rho_j (h(mean_j - y) + std_j (v_j^2 - h(m_j - yb_j)) / (v_j + 0.1))
            with m_j = sg(mean_j), v_j = sg(std_j), yb_j = m_j + clip(y_z - m_j, -3 om, 3 om),
-           rho_j = clip(om^2 / (v_j^2 + 0.1), 0.1, 10), om an average of std, h Huber's e^2/2
+           rho_j = clip(om^2 / (v_j^2 + 0.1), 0.1, 10), om an average of std that moves by tau and
+           starts at 1, h Huber's loss (e^2/2 up to 50)
     actor, at every second one: -mean min_j mean_j(s, f(x_T, s))
     log alpha, at every 10,000th: log alpha (H - Hbar),  Hbar = -0.9 d nats
 
-H is the entropy of a Gaussian mixture of 3 components fitted to 200 noised actions at each state,
-averaged over the batch. Training plays clip(f + c alpha xi, -1, 1), evaluation f.
+H bounds the entropy of a Gaussian mixture of 3 components, fitted to 200 noised and clipped actions
+at each state, averaged over the batch. c is --exploration-noise (0.1, 0.15 on HalfCheetah and
+Humanoid), alpha starts at 3. Training plays clip(f + c alpha xi, -1, 1), evaluation f, with the
+noise of the sampler's steps but not the added one. There is no temperature.
 
 Settings: those of github.com/typoverflow/flow-rl, from which the DACER row of GeMPO's Table 2 most
-likely comes, but j is chosen by row (there the minimum over the critics is taken first, and one j
-for all rows found by comparing two of them). As there, std settles where std^2 is half the mean
-squared error (the half of h): 0.68 for a unit normal. The authors' code differs: rho and the std
-term in another form, which settles near the whole, om by critic, noise inside the actor's loss,
-targets at every second update, critics 3x256 Mish, a variance-preserving schedule.
+likely comes, but j is chosen by row: there argmin is taken of min_j mean'_j, which compares the
+first rows of the batch and gives all rows the same j. As there, std settles where std^2 is half the
+mean squared error (the half of h): 0.68 for a unit normal, clipped at 3 om. The authors' code
+differs: rho and the std term in another form, which settles near the whole, om by critic, noise
+inside the actor's loss, target critics that follow at every second update, critics 3x256 Mish, the
+betas of the linear VP schedule. All losses are computed at the parameters before the update.
 
 Usage: `python dacer.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, actor, diffusion, loop, log and checkpoints: the diff of the two files
@@ -79,7 +83,7 @@ class Hyperparameters:
     """What learning and acting depend on. An agent knows its own; they are compiled into it."""
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow the critics
+    tau: float = 0.005  # rate at which the target critics and om follow
     batch_size: int = 256  # states per update (B)
     updates_per_step: int = 1  # updates per environment step
     policy_lr: float = 1e-4  # learning rate of the actor
@@ -89,7 +93,7 @@ class Hyperparameters:
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
     policy_delay: int = 2  # updates between two steps of the actor
     alpha_interval: int = 10_000  # updates between two steps of log alpha
-    exploration_noise: float | None = None  # std of the added noise at alpha 1; None: by env_id
+    exploration_noise: float | None = None  # c: std of the added noise over alpha; None: by env_id
     reward_scale: float = 0.2  # factor on the rewards that the critics learn from
 
 
@@ -535,7 +539,7 @@ class Agent(struct.PyTreeNode):
     """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
 
     params: dict  # "actor", "critic" and "log_alpha", the logarithm of the added noise's size
-    slow_params: dict  # "critic": the targets; "std": om; "entropy", "actor_loss": the last ones
+    slow_params: dict  # "critic": the targets; "std": om; "actor", "log_alpha": their last metrics
     opt_state: dict  # by part of the parameters
     num_updates: jax.Array
     args: Hyperparameters = struct.field(pytree_node=False)
@@ -624,7 +628,7 @@ def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> Targets:
     return Targets(mean=target(mean), draw=target(draw))
 
 
-HUBER_DELTA = 50.0
+HUBER_DELTA = 50.0  # in units of the scaled return (flow-rl)
 
 
 def critic_loss(params, critic: nn.Module, batch: Transition, targets: Targets, average_std):
@@ -644,7 +648,7 @@ def actor_loss(params, agent: Agent, obs: jax.Array, key: jax.Array):
     """Minus the smaller mean return of one sample at obs (B, obs_dim), and its clipped share.
 
     `params` are the actor's, the critics are constants. The gradient passes all steps of the sampler,
-    at fixed noise. It does not pass where the sampler's last x_0 was clipped: the share of the
+    at fixed noise. It hardly passes where the sampler's last x_0 was clipped: the share of the
     coordinates on the border of the box says how much of the actor learns nothing.
     """
     args = agent.args
@@ -694,7 +698,7 @@ def step_actor(agent: Agent, obs: jax.Array, key: jax.Array) -> Step:
 def step_alpha(agent: Agent, obs: jax.Array, key: jax.Array) -> Step:
     """log alpha after a step, and the entropy; a policy broader than the target lowers alpha."""
     entropy = estimate_entropy(agent, obs, key)
-    excess = entropy - TARGET_ENTROPY * agent.action_dim  # the gradient of log alpha times it
+    excess = entropy - TARGET_ENTROPY * agent.action_dim  # d/d(log alpha) of log alpha * excess
     return descend(agent, "log_alpha", excess, {"charts/entropy": entropy})
 
 

@@ -17,10 +17,12 @@ trained to imitate them. No gradient of Q and no weight enters the policy's loss
     critics: y = r + gamma (1 - terminated) min_j Q'_j(s', a'),  a' a sample of a copy of the actor
              that follows it by tau; they learn from the actions played, never from b
 
-Training plays a sample, evaluation one whose steps add no noise (the first x_T is random).
+There is no temperature: K steps of --improvement-lr, of which each moves a coordinate by about that
+much, say how greedy the policy is. Training plays a sample, evaluation one whose steps add no noise
+(the first x_T is random).
 
 Settings: the authors' code (github.com/BellmanTimeHut/DIPO), with the siblings' networks, schedule
-and protocol. There: 3x256 Mish for both, a copy of the actor that follows at every second update on
+and protocol. There: critics 3x256 Mish, a copy of the actor that follows at every second update on
 HalfCheetah, episodes cut by a time limit that count as terminated, and critics that step before b
 climbs them; here all losses and b are computed at the parameters before the update. The limit of
 the gradient's norm in the climb is almost without effect, since Adam divides the scale out again.
@@ -70,7 +72,7 @@ class Hyperparameters:
     """What learning and acting depend on. An agent knows its own; they are compiled into it."""
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow the critics
+    tau: float = 0.005  # rate at which slow actor and target critics follow
     batch_size: int = 256  # states per update (B)
     updates_per_step: int = 1  # updates per environment step
     policy_lr: float = 3e-4  # learning rate of the actor
@@ -78,9 +80,9 @@ class Hyperparameters:
     hidden_dim: int = 256  # width of the hidden layers of actor and critics
     diffusion_steps: int = 100  # denoising steps of the sampler (T)
     improvement_steps: int | None = None  # steps up Q from a stored action (K); None: by env_id
-    improvement_lr: float = 0.03  # learning rate of these steps
-    gradient_ratio: float | None = None  # limit of their gradient's norm over d; None: by env_id
-    max_grad_norm: float | None = None  # of the actor, and of both critics; None: by env_id
+    improvement_lr: float = 0.03  # about the move of a coordinate in such a step, in [-1, 1]
+    gradient_ratio: float | None = None  # limit of their gradient (B, d), over d; None: by env_id
+    max_grad_norm: float | None = None  # of the gradients of actor and critics; None: by env_id
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
 
 
@@ -560,7 +562,7 @@ def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array
 
 
 def actor_loss(params, actor: Actor, obs, actions, key) -> jax.Array:
-    """Flow matching (behaviour cloning) of actions (B, d): the mean of (eps_hat - eps)^2."""
+    """Denoising loss (behaviour cloning) of actions (B, d): the mean of (eps_hat - eps)^2."""
     x_t, t, eps = add_noise(key, actions)
     return jnp.mean((actor.apply(params, x_t, t, obs) - eps) ** 2)
 

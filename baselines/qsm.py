@@ -13,25 +13,26 @@ action. Replayed actions a are diffused to a random time, a_t = alpha_t a + sigm
 network is told the noise that would be there if Q's gradient were the score:
 
     G = d/da mean_j Q'_j(s, a) at a_t
-    e* = -sigma_t G / (T mean|G|),  the mean over B and d
+    e* = -sigma_t G / (temperature mean|G|),  the mean over B and d
     actor:    mean over B and d of (eps_hat(a_t, t, s) - e*)^2
     critics:  y = r + gamma (1 - terminated) min_j Q'_j(s', a'),  a' a sample of the policy
 
-So -e*/sigma_t is the score of the Boltzmann policy exp(Q / temperature) at a temperature of T times
-the batch's mean gradient, used at every level of noise, also where it is not the score of the
-noised density: the samples are narrower than that policy even where the fit is perfect.
+So -e*/sigma_t is the score of a Boltzmann policy in which, where Q is as steep as on average, the
+density rises by a factor of e over a distance of `temperature` (actions are in [-1, 1]). It is used
+at every level of noise, also where it is not the score of the noised density: the samples are
+narrower than that policy, by about half the temperature, even where the fit is perfect.
 
 Training plays clip(sample + 0.1 xi, -1, 1), evaluation the best of 10 samples by min_j Q_j.
 
 Settings: those of github.com/typoverflow/flow-rl, from which the QSM row of GeMPO's Table 2 most
 likely comes. The authors' code differs: e* = -M G with M = 50 (--gradient-scale 50), the gradient of
 the online critics, 5 steps of a variance-preserving schedule, a noised a', one sample in evaluation.
-flow-rl does not clip the noised actions of training, and takes G from critics just updated; here
-all is computed at the parameters before the update.
+flow-rl does not clip the noised actions of training, and takes G from target critics just updated;
+here all is computed at the parameters before the update.
 
 Usage: `python qsm.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, networks, diffusion, loop, log and checkpoints: the diff of the two
-files is the algorithm.
+files is the algorithm. "Released code" in what they share is GeMPO's.
 
 Shapes: B states of a batch, E environments, K samples of which the best is chosen, T steps of the
 sampler, d action dimensions.
@@ -83,8 +84,8 @@ class Hyperparameters:
     q_lr: float = 3e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of the hidden layers of actor and critics
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
-    temperature: float = 0.1  # of the policy, in units of the batch's mean gradient of Q
-    gradient_scale: float | None = None  # target -M dQ/da as the authors', without the above; M
+    temperature: float = 0.1  # action distance that counts as a factor e at the mean slope of Q
+    gradient_scale: float | None = None  # M of e* = -M G (authors), without temperature
     exploration_noise: float = 0.1  # standard deviation of the noise added to actions in training
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
     eval_best_of: int = 10  # samples per action in evaluation; the critics choose

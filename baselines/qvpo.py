@@ -15,10 +15,11 @@ and, for entropy, M uniformly random actions u with a small part of that weight:
     q_i = mean_j Q_j(s, a_i),  a* = argmax_i q_i,  A = q(a*) - mean_i q_i
     actor:    mean over (1 + M) B rows and d of weight (eps_hat - eps)^2, at the rows
               (s, a*) with weight A and (s, u_1), ..., (s, u_M) with weight 0.01 A
-    critics:  y = r + gamma (1 - terminated) min_j Q'_j(s', a'),  a' the best of K samples by
-              min_j Q'_j, of a copy of the actor that follows it by tau
+    critics:  y = r + gamma (1 - terminated) min_j Q'_j(s', a'),  a' the best by min_j Q'_j of K
+              samples of the slow actor, a copy that follows the actor by tau
 
-Training plays one sample, evaluation the best of 32 by min_j Q_j.
+K is 4 on HalfCheetah-v5, 1 on Hopper-v5, else 2 (flow-rl), or --td-best-of. Training plays one
+sample, evaluation the best of 32 by min_j Q_j.
 
 Settings: those of github.com/typoverflow/flow-rl, from which the QVPO row of GeMPO's Table 2 most
 likely comes, but u is uniform on [-1, 1]^d (there on [0, 1]^d, which pulls the policy to positive
@@ -28,7 +29,7 @@ batch of its own for the actor, and episodes cut by a time limit that count as t
 
 Usage: `python qvpo.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, networks, diffusion, loop, log and checkpoints: the diff of the two
-files is the algorithm.
+files is the algorithm. "Released code" in what they share is GeMPO's.
 
 Shapes: B states of a batch, E environments, N particles (the actions of a state), M random actions,
 K samples of which the best is chosen, T steps of the sampler, d action dimensions.
@@ -73,7 +74,7 @@ class Hyperparameters:
     """What learning and acting depend on. An agent knows its own; they are compiled into it."""
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow the critics
+    tau: float = 0.005  # rate at which target critics and slow actor follow
     batch_size: int = 256  # states per update (B)
     updates_per_step: int = 1  # updates per environment step
     policy_lr: float = 3e-4  # learning rate of the actor
@@ -82,7 +83,7 @@ class Hyperparameters:
     num_particles: int = 64  # actions drawn from the policy at each state of the batch (N)
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
     num_uniform: int = 10  # uniformly random actions trained on at each state (M)
-    entropy_weight: float = 0.01  # weight of a random action, in weights of the best particle
+    entropy_weight: float = 0.01  # weight of each random action over the best particle's
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
     act_best_of: int = 1  # samples per action in training; the critics choose
     td_best_of: int | None = (
@@ -397,8 +398,9 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 
 
 # ========================================== REWEIGHTING ==========================================
-# GeMPO-Linear's weights are one-hot at the best particle as lambda goes to 0. QVPO's are that, times
-# the advantage of the best one: states in which the choice matters count more.
+# The best particle alone counts, by its advantage: states in which the choice matters count more.
+# (GeMPO-Linear's weights, too, are one-hot at the best particle as its temperature goes to 0.) The
+# uniform actions keep the policy broad.
 
 
 def select_best(particles: jax.Array, q_values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -546,7 +548,7 @@ def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array
 
 
 def actor_loss(params, actor: Actor, obs, actions, weights, key) -> jax.Array:
-    """Weighted flow matching: the mean of w_i (eps_hat - eps)^2.
+    """Weighted denoising loss: the mean of w_i (eps_hat - eps)^2.
 
     obs (B, obs_dim), actions (B, 1+M, d), weights (B, 1+M), which do not sum to one.
     """
@@ -583,7 +585,7 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     agent = step_agent(agent, optax.apply_updates(agent.params, changes), opt_state)
 
     metrics = {f"losses/{name}": value for name, value in losses.items()}
-    metrics["losses/q_values"] = q_values.mean()
+    metrics["losses/q_values"] = q_values.mean()  # of the particles, as in the GeMPO scripts
     metrics["charts/advantage"] = advantages.mean()
     metrics["charts/particles_std"] = particles.std(axis=1).mean()
     metrics["charts/params_norm"] = optax.tree.norm(agent.params)  # NaN if any parameter is

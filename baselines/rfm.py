@@ -15,28 +15,32 @@ exp(Q(s, a) / temperature), whose density of the latent is
     log p(y_1) = E(y_1) + const,  E(y_1) = min_j Q_j(s, tanh y_1) / temperature + log |da/dy_1|
 
 On the path y_t = t y_1 + (1 - t) y_0 the velocity to learn is the mean of y_1 - y_0 given y_t. The
-posterior of y_1 is estimated by K latents, reached from y_t by drawing the noise (hence reverse):
+posterior of y_1 is estimated by K proposals, reached from y_t by drawing the noise (hence reverse):
 
     y_1^k = (y_t - (1 - t) y_0^k) / t,  y_0^k ~ N(0, I),  w = softmax_k E(y_1^k)
-    s^k   = t / (1 - t) y_0^k + grad E(y_1^k)    the posterior's score: its mean is zero
-    m_1   = sum_k w_k y_1^k + L sum_k w_k s^k    L: a control variate, by dimension
+    g^k   = t / (1 - t) y_0^k + grad E(y_1^k)    the posterior's score: its mean is zero
+    m_1   = sum_k w_k y_1^k + L sum_k w_k g^k    L: a control variate, by dimension
     v*    = m_1 - m_0,  m_0 such that y_t = t m_1 + (1 - t) m_0
     actor: mean over B and d of (v(y_t, t, s) - v*)^2,  t uniform on (.01, .99)
 
 L = 0 is the expectation of the noise, L = ((1 - t) / t)^2 that of the gradient; L is chosen to
-minimize the variance, as estimated from the same K latents.
+minimize the variance, as estimated from the same K proposals, within |L| <= 2 (authors' code), so
+that below t = .41 the expectation of the gradient is out of reach.
 
-    critics: y = r + gamma (1 - terminated) min_j Q'_j(s', a')
+    critics: target = r + gamma (1 - terminated) min_j Q'_j(s', a'),  Q' the target critics
 
-Here a', y_t's own y_1 and the actions of training are each one of N samples of the flow, drawn with
-the probabilities softmax(min_j Q_j / temperature); evaluation plays the best of N by min_j Q_j.
+a', y_t's own y_1 and the actions of training are each one of N samples of the flow, drawn with the
+probabilities softmax(min_j Q_j / temperature); evaluation plays the best of N by min_j Q_j. (Authors'
+code. A flow that already samples exp(Q / temperature) is thereby played at half that temperature.)
 
 Settings: the authors' code (github.com/azizanlab/ReverseFlowMatching), on DeepMind Control tasks.
-There: critics 2x256, an actor of two residual GELU blocks whose time features are sinusoids, 10,000
-random steps, losses one after another, each at what was just updated. Here: the siblings' networks
-and protocol, and all losses at the parameters before the update. The temperature was chosen for
-returns of at most 1,000 with |Q| of at most 100; where |Q| is larger, `charts/ess` near 1 says that
-one latent has all the weight: raise --temperature or lower --reward-scale.
+There: an actor of two residual GELU blocks whose time features are sinusoids, 10,000 random steps,
+losses one after another, each at what was just updated. Here: the siblings' networks and protocol,
+and all losses at the parameters before the update. The temperature was chosen for returns of at
+most 1,000 with |Q| of at most 100; where |Q| is larger, one proposal may get all the weight: raise
+--temperature or lower --reward-scale. `charts/ess`, the effective number of proposals, shows it: it
+is a mean over t, near 1 at small t in any case, where the proposals are (1 - t) / t wide and most
+of them far out on the tanh; only a mean near 1 says that the critics are too sharp.
 
 Usage: `python rfm.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, networks, loop, log and checkpoints: the diff of the two files is the
@@ -93,8 +97,8 @@ class Hyperparameters:
     hidden_dim: int = 256  # width of the hidden layers of actor and critics
     num_particles: int = 32  # samples of the policy of which an action is chosen (N)
     flow_steps: int = 10  # Euler steps of the sampler (T)
-    num_proposals: int = 100  # latents of which the posterior mean is estimated (K)
-    temperature: float = 0.02  # of the Boltzmann policy, in units of Q
+    num_proposals: int = 100  # proposals that estimate the posterior mean (K)
+    temperature: float = 0.02  # of the flow's target and of the choice among N, in units of Q
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
 
 
@@ -343,10 +347,10 @@ def sample_latents(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 
 
 # ======================================== POSTERIOR MEAN =========================================
-# y_1^k is drawn from the Gaussian that the path alone would allow; exp E corrects it, so the weights
-# are softmax(E), shifted by their maximum. The score's mean under the posterior is zero, so any L
+# y_1^k is drawn from N(y_t / t, ((1 - t) / t)^2 I), the posterior if all y_1 were as likely; exp E
+# corrects it, so the weights are softmax(E). The score's mean under the posterior is zero, so any L
 # leaves the estimate's limit as it is. With self-normalized weights the variance of an estimated mean
-# is about sum w^2 (x - mean x)^2, which is what L minimizes for x = y_1 + L s.
+# is about sum w^2 (x - mean x)^2, which is what L minimizes for x = y_1 + L g.
 RIDGE, MAX_CONTROL = 1e-4, 2.0  # added to the variance of the score; limit of |L| (authors' code)
 
 
@@ -355,7 +359,7 @@ class Posterior(NamedTuple):
 
     mean: jax.Array  # (B, d)
     control: jax.Array  # L (B, d)
-    sample_size: jax.Array  # effective number of latents, 1 / sum w^2 (B,)
+    sample_size: jax.Array  # effective number of proposals, 1 / sum w^2 (B,)
 
 
 def log_slope(y: jax.Array) -> jax.Array:
@@ -533,7 +537,7 @@ def critic_loss(params, critic: nn.Module, batch: Transition, targets: jax.Array
     return jnp.mean((q_values - targets) ** 2)
 
 
-def log_policy(agent: Agent, obs: jax.Array, y: jax.Array) -> jax.Array:
+def log_boltzmann(agent: Agent, obs: jax.Array, y: jax.Array) -> jax.Array:
     """E, the unnormalized log density (B, K) of latents (B, K, d) under the Boltzmann policy."""
     q_values = agent.critic.apply(agent.params["critic"], obs[:, None], jnp.tanh(y)).min(axis=0)
     return q_values / agent.args.temperature + jnp.sum(log_slope(y), axis=-1)
@@ -555,7 +559,7 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     y_1 = choose_latents(agent, batch.obs, latent_key, is_greedy=False)
     t = jax.random.uniform(time_key, (len(y_1), 1), minval=T_MIN, maxval=T_MAX)
     y_t = t * y_1 + (1 - t) * jax.random.normal(noise_key, y_1.shape)
-    log_density = partial(log_policy, agent, batch.obs)
+    log_density = partial(log_boltzmann, agent, batch.obs)
     posterior = estimate_posterior(log_density, y_t, t, posterior_key, args.num_proposals)
     y_0_mean = (y_t - t * posterior.mean) / (1 - t)
     velocities = posterior.mean - y_0_mean

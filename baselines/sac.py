@@ -18,15 +18,18 @@ tanh, and the value of a state counts its entropy, at the rate alpha:
     actor:       mean over B of alpha log pi(a~ | s) - min_j Q_j(s, a~),  a~ ~ pi, reparameterized
     log alpha:   -log alpha (mean log pi(a~ | s) + H),  H = -d nats the entropy to hold
 
-Training plays a sample, evaluation tanh(mean(s)).
+Training plays a sample, evaluation tanh(mean(s)). alpha, in units of (scaled) reward a nat, is 1 at
+first (`create_agent`); H has no flag (`temperature_loss`).
 
 Settings: those of github.com/typoverflow/flow-rl, from which the SAC row of GeMPO's Table 2 most
 likely comes. It steps critics, actor and alpha in turn, each on what was just updated; here all
 losses are computed at the parameters before the update, and one sample a~ serves actor and alpha.
-The second paper's temperature loss is linear in alpha instead of log alpha.
+The second paper's temperature loss is linear in alpha instead of log alpha; the limits of the log
+standard deviation are those of the authors' code, too.
 
 Usage: `python sac.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, loop, log and checkpoints: the diff of the two files is the algorithm.
+"Released code" in what they share is GeMPO's.
 
 Shapes: B states of a batch, E environments, d action dimensions.
 """
@@ -219,7 +222,7 @@ def episode_charts(infos: dict, index: int) -> dict[str, float]:
 # =========================================== NETWORKS ============================================
 ORTHOGONAL = nn.initializers.orthogonal(math.sqrt(2))  # of every layer, as in the siblings
 Dense = partial(nn.Dense, kernel_init=ORTHOGONAL)
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # limits of the policy's log standard deviation (the paper's)
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # limits of log std (authors' code)
 
 
 class Actor(nn.Module):

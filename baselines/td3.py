@@ -21,11 +21,13 @@ Training plays clip(mu(s) + 0.1 xi, -1, 1), evaluation mu(s).
 
 Settings: those of github.com/typoverflow/flow-rl, from which the TD3 row of GeMPO's Table 2 most
 likely comes. The authors' code differs: the actor climbs Q_1 alone, 25,000 random steps come first,
-and the loss is the sum over j, which Adam does not see. Both step the actor on the critics just
-updated; here all losses are computed at the parameters before the update.
+the actor's first step comes at the second update, and the loss is the sum over j, which Adam does
+not see. flow-rl and the authors step the actor on the critics just updated; here all losses are
+computed at the parameters before the update.
 
 Usage: `python td3.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, loop, log and checkpoints: the diff of the two files is the algorithm.
+"Released code" in what they share is GeMPO's.
 
 Shapes: B states of a batch, E environments, d action dimensions.
 """
@@ -69,15 +71,15 @@ class Hyperparameters:
     """What learning and acting depend on. An agent knows its own; they are compiled into it."""
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow the critics
+    tau: float = 0.005  # rate at which the targets of actor and critics follow
     batch_size: int = 256  # states per update (B)
     updates_per_step: int = 1  # updates per environment step
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 3e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of the hidden layers of actor and critics
-    policy_delay: int = 2  # updates between two steps of the actor and of the targets
+    policy_delay: int = 2  # the actor and the targets step at every such update
     target_noise: float = 0.2  # standard deviation of the noise added to the target's action
-    target_noise_clip: float = 0.5  # largest size of that noise
+    target_noise_clip: float = 0.5  # limit of that noise, by coordinate
     exploration_noise: float = 0.1  # standard deviation of the noise added to actions in training
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
 
@@ -401,8 +403,8 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     changes, critic_state = optimizers["critic"].update(grads, opt_state["critic"])
     critic_params = optax.apply_updates(params["critic"], changes)
 
-    # The actor steps at the updates 0, 2, 4, ... Between them nothing of it moves; Adam, given a
-    # gradient of zero instead, would go on by its momentum. Its loss is for the log.
+    # The actor steps at the updates 0, 2, 4, ... At the others nothing of it moves (Adam, given a
+    # gradient of zero instead, would go on by its momentum), and its loss is computed for the log.
     def step_actor():
         pi_loss, grads = jax.value_and_grad(actor_loss)(params["actor"], agent, batch.obs)
         changes, actor_state = optimizers["actor"].update(grads, opt_state["actor"])
