@@ -196,34 +196,30 @@ def read_data(args: Args) -> Data:
     complement, are in the same half. Exits with one line if the file is of no use.
     """
     path = pathlib.Path(args.data_path)
-    sequences, activities, groups = [], [], []
-    num_rows = 0
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
         with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter, restval="")
-            for column in (args.sequence_column, args.activity_column, args.split_column):
-                if column and column not in (reader.fieldnames or []):
-                    raise ValueError(f"it has no column {column}, only {reader.fieldnames}")
-            for row in reader:
-                num_rows += 1
-                sequence = row[args.sequence_column].strip().upper()
-                activity = parse_number(row[args.activity_column])
-                is_dna = len(sequence) == args.sequence_length and set(sequence) <= set("ACGT")
-                if is_dna and math.isfinite(activity):
-                    other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
-                    group = min(sequence, other_strand)
-                    if args.split_column:
-                        group = row[args.split_column]
-                    sequences.append(sequence)
-                    activities.append(activity)
-                    groups.append(group)
+            rows = list(csv.DictReader(file, delimiter=delimiter, restval=""))
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise SystemExit(f"--data-path {path}: {one_line(error)}") from None
+    for column in (args.sequence_column, args.activity_column, args.split_column):
+        if column and rows and column not in rows[0]:
+            raise SystemExit(f"--data-path {path}: it has no column {column}, only {list(rows[0])}")
+    sequences, activities, groups = [], [], []
+    for row in rows:
+        sequence = row[args.sequence_column].strip().upper()
+        activity = parse_number(row[args.activity_column])
+        is_dna = len(sequence) == args.sequence_length and set(sequence) <= set("ACGT")
+        if is_dna and math.isfinite(activity):
+            other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
+            group = row[args.split_column] if args.split_column else min(sequence, other_strand)
+            sequences.append(sequence)
+            activities.append(activity)
+            groups.append(group)
     rule = f"{args.sequence_length} letters A, C, G or T, and a number as the activity"
-    print(f"{path}: {len(sequences)} of {num_rows} rows have {rule}", flush=True)
+    print(f"{path}: {len(sequences)} of {len(rows)} rows have {rule}", flush=True)
     _, group_numbers = np.unique(groups, return_inverse=True)
     half = group_numbers % 2 == 1
     if len(half) < 200 or not half.any():
@@ -403,7 +399,7 @@ class Model(struct.PyTreeNode):
 def create_model(network: nn.Module, args: Args, key: jax.Array) -> Model:
     """A `Model` of new parameters."""
     tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
-    return Model(network.init(key, tokens), network)
+    return Model(jax.jit(network.init)(key, tokens), network)
 
 
 @jax.jit
@@ -517,9 +513,8 @@ def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, se
 def fit_or_load(cache_path, code, name, model, loss, data, settings, seed) -> Model:
     """`fit` of the last six arguments, or what it gave an earlier run, from a file in `cache_path`.
 
-    That run had the same arguments, network and loss, and functions `code`, which the loss calls.
-    A change of T_MIN, of the optimizer in `fit`'s library or the like is not noticed: empty the
-    folder then.
+    That run had the same arguments and the same source of network, loss, `fit` and `code`, functions
+    that the loss calls. A change of T_MIN or of a library is not noticed: empty the folder then.
     """
     digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
     for leaf in jax.tree.leaves((model, data)):
@@ -688,10 +683,10 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
 
 # The functions of simplex are those of gempo_{exp,square,neg}.py word for word, where they are
 # derived. Their names: q are the rewards, temp is lambda, and N is n. With q in descending order,
-# `excess` at rank k is what the top k would sum to, times temp, if nu were q_k; it rises with k, and
-# those ranks are active (above nu) where it does not pass the sum that is asked for. In square (where
-# q is divided by temp, and the sum is of squares), `deviations` are D_k, the sums of squared
-# deviations from the mean of the top k.
+# `excess` at rank k is by how much the top k lie above q_k in all (in square, whose z are q / temp:
+# the sum of the squares of that). It rises with k. Active, that is with a weight above the floor, are
+# the ranks k at which nu = q_k would not yet make the weights sum to more than one. In square,
+# `deviations` are D_k, the sums of squared deviations from the mean of the top k.
 
 
 def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
@@ -944,11 +939,11 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
     metrics["log_likelihood_bound"] = np.median(in_batches(likelihood, tokens, size=128))
     # Share of distinct sequences, and in how many letters two of them differ on average: two draws
-    # differ in a letter with the chance 1 - sum of squared shares; B / (B - 1) leaves out self-pairs.
+    # differ at a place with the chance 1 - sum of squared shares; B / (B - 1) leaves out self-pairs.
     metrics["unique_fraction"] = len(np.unique(tokens, axis=0)) / len(tokens)
     letter_shares = np.mean(tokens[..., None] == np.arange(4), axis=0)  # (L, 4)
-    differing = np.sum(1 - np.sum(letter_shares**2, axis=1))
-    metrics["hamming_distance"] = differing * len(tokens) / (len(tokens) - 1)
+    differing = tokens.shape[1] - np.sum(letter_shares**2)
+    metrics["hamming_distance"] = differing * (len(tokens) / (len(tokens) - 1))
     # Share of G and C among the letters; the generated data have .46.
     metrics["gc"] = np.mean((tokens == 1) | (tokens == 2))
     return {name: float(value) for name, value in metrics.items()}

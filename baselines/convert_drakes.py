@@ -97,7 +97,10 @@ def main(args: Args) -> None:
         hint = "" if args.trust else " (if it holds more than tensors: --trust)"
         reason = dna.one_line(error)[:200]
         raise SystemExit(f"{args.checkpoint} cannot be used: {reason}{hint}") from None
-    dna.save_params(args.output, model)
+    try:
+        dna.write_pickle(args.output, model.params)
+    except OSError as error:
+        raise SystemExit(f"{args.output} cannot be written: {dna.one_line(error)}") from None
     network = model.network
     print(f"{args.output}: {network.num_layers} layers of {network.hidden_dim} channels")
 

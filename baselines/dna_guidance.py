@@ -51,13 +51,13 @@ class Args(dna.Args):
 
 def check_args(args: Args) -> None:
     """Exit with one line if a flag is out of its range."""
+    dna.require(args, "resume", args.resume is None, "left out: these runs have no checkpoints")
     dna.check_args(args)
     for flag in ("num_candidates", "truncation"):
         dna.require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     for flag in ("guidance_scale", "alpha", "gumbel_temperature"):
         dna.require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     dna.require(args, "kl_weight", 0 <= args.kl_weight < math.inf, "a finite number, at least 0")
-    dna.require(args, "resume", args.resume is None, "left out: these runs have no checkpoints")
 
 
 def lift_chances(args: Args) -> jax.Array:
@@ -137,7 +137,8 @@ def sample_best_of_n(setup: dna.Setup, args: Args) -> np.ndarray:
     """Tokens (eval_samples, L), each the best of `num_candidates` samples of the pretrained model."""
     shape = args.eval_samples, args.num_candidates
     tokens = dna.draw_samples(setup.denoiser, replace(args, eval_samples=math.prod(shape)))
-    rewards = dna.in_batches(partial(dna.compute_reward, setup=setup), tokens)
+    parts = np.split(tokens, args.num_candidates)  # the oracle's memory grows with their size
+    rewards = np.concatenate([dna.compute_reward(part, setup) for part in parts])
     best = rewards.reshape(shape).argmax(axis=1)
     return tokens.reshape(*shape, -1)[np.arange(args.eval_samples), best]
 
@@ -203,14 +204,17 @@ def sample_method(setup: dna.Setup, args: Args) -> np.ndarray:
 def main(args: Args) -> dict:
     """Run the method, write everything to runs/{run} and return the metrics before and after."""
     check_args(args)
-    with dna.RunFolder(args, args.method) as run:
-        setup = dna.prepare(args)
-        before = dna.draw_samples(setup.denoiser, args)
-        start = time.perf_counter()
-        after = sample_method(setup, args)
-        print(f"{time.perf_counter() - start:.0f} s for {args.method}", flush=True)
-        return dna.report(run.path, before, after, setup, args)
+    run = dna.RunFolder(args, args.method)
+    setup = dna.prepare(args)
+    before = dna.draw_samples(setup.denoiser, args)
+    start = time.perf_counter()
+    after = sample_method(setup, args)
+    print(f"{time.perf_counter() - start:.0f} s for {args.method}", flush=True)
+    return dna.report(run.path, before, after, setup, args)
 
 
 if __name__ == "__main__":
-    main(dna.parse_args(Args))
+    try:
+        main(dna.parse_args(Args))
+    except OSError as error:  # a folder that cannot be written, or a full disk
+        raise SystemExit(dna.one_line(error)) from None
