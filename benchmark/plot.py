@@ -8,8 +8,8 @@ and standard error over seeds and the average over tasks in percent of SAC; and 
 mean with a 95% interval by bootstrap. With --figures it draws a picture for each environment:
 interquartile mean over seeds and its interval at every step.
 
-A variant is a script with its flags, and is named after the flags that not all runs of an
-environment have. A curve ends where its shortest run does. SAC's returns are those of Table 2 of
+A variant is a script with its flags, and is named after the flags that not all runs of that script
+in an environment have. A curve ends where its shortest run does. SAC's returns are those of Table 2 of
 the paper (arXiv 2603.10250).
 """
 
@@ -238,10 +238,13 @@ def group(rows: list[Evaluation]) -> Curves:
     curves = {}
     for env_id in sorted({row.env_id for row in rows}, key=task_order):
         ours = [row for row in rows if row.env_id == env_id]
-        shared = set.intersection(*(set(split_flags(row.flags)) for row in ours))
+        flag_sets = defaultdict(list)
+        for row in ours:
+            flag_sets[row.script].append(set(split_flags(row.flags)))
+        shared = {script: set.intersection(*sets) for script, sets in flag_sets.items()}
         variants = defaultdict(lambda: defaultdict(dict))
         for row in ours:
-            own_flags = [flag for flag in split_flags(row.flags) if flag not in shared]
+            own_flags = [flag for flag in split_flags(row.flags) if flag not in shared[row.script]]
             name = " ".join([row.script, *own_flags])
             variants[name][row.seed][row.step] = row.value
         curves[env_id] = {name: dict(variants[name]) for name in sorted(variants)}

@@ -555,6 +555,14 @@ def test_variants_are_named_after_the_flags_that_differ_in_an_environment():
     assert names["Hopper-v5"] == ["gempo_neg --ell -0.1", "gempo_neg --ell 0"]
 
 
+def test_scripts_that_run_with_one_set_of_flags_each_go_by_their_names():
+    rows = evaluations(flags="--hidden-dim 16", s1=[1], s2=[2])
+    rows += evaluations("sac", flags="--buffer-size 5", s1=[3])
+    rows += evaluations("td3", flags="--tau 0.1", s1=[4]) + evaluations("td3", flags="", s1=[5])
+    names = list(plot.group(rows)["Hopper-v5"])
+    assert names == ["gempo_neg", "sac", "td3", "td3 --tau 0.1"]
+
+
 def test_a_curve_is_the_interquartile_mean_as_far_as_all_seeds_go():
     rows = evaluations(s1=[1, 5, 9], s2=[3, 7], s3=[100, 8, 7], s4=[-9, 6, 1])
     variants = plot.group(rows)["Hopper-v5"]
