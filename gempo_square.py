@@ -259,7 +259,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of the hidden layers
+    dot: Any = jax.lax.dot_general  # the product of all layers but the first
 
     def setup(self):
         width = self.hidden_dim
@@ -274,7 +274,7 @@ class Actor(nn.Module):
         self.first_bias = self.param("first_bias", nn.initializers.zeros, (width,))
         self.hidden_1 = Dense(width, dot_general=self.dot)
         self.hidden_2 = Dense(width, dot_general=self.dot)
-        self.output = Dense(self.action_dim)
+        self.output = Dense(self.action_dim, dot_general=self.dot)
 
     def embed_time(self, t):
         """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned frequencies, 2 layers."""
@@ -371,8 +371,9 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
     the predicted x_0, which is clipped to the box of actions; the noise of a step back has the
     standard deviation sqrt(beta_i) (released code). The action is the mean at t_0.
     """
-    times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
-    alpha, sigma = noise_schedule(times)
+    with jax.ensure_compile_time_eval():  # constants of the compiled program
+        times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
+        alpha, sigma = noise_schedule(times)
     a = alpha[1:] / alpha[:-1]
     beta = 1 - a**2  # since alpha^2 + sigma^2 = 1
     keys = jax.random.split(key, num_steps + 1)
@@ -395,7 +396,10 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
 
     x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
-    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
+    # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
+    # A CPU would gain nothing and compile for half as long again.
+    unroll = jax.default_backend() != "cpu"
+    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True, unroll=unroll)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
 
 
@@ -569,9 +573,13 @@ def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
 
 
 def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
-    """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32."""
+    """jax.lax.dot_general of inputs rounded to bfloat16, summed in float32.
+
+    For a GPU the result is rounded, too: its way to memory and back takes longer than the product.
+    """
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+    return y if jax.default_backend() == "cpu" else y.astype(jnp.bfloat16)
 
 
 def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.Array) -> jax.Array:
@@ -579,8 +587,8 @@ def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.
 
     They may leave [-1, 1]; the critics extrapolate there (released code).
 
-    The hidden layers take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies faster; the
-    added noise (at its default) drowns the rounding.
+    All layers but the first take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies
+    faster; the added noise (at its default) drowns the rounding.
     """
     args = agent.args
     actor = agent.actor.clone(dot=bfloat16_dot)
@@ -665,10 +673,10 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
 def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
     """The agent with new parameters, which the target critics and, at times, pi_old follow."""
     num_updates = agent.num_updates + 1
-    interval = agent.args.old_policy_interval  # a hard copy at every multiple of it
+    is_due = num_updates % agent.args.old_policy_interval == 0  # a hard copy to pi_old
     old, target = agent.slow_params["actor"], agent.slow_params["critic"]
     slow_params = {
-        "actor": optax.periodic_update(params["actor"], old, num_updates, interval),
+        "actor": jax.tree.map(partial(jnp.where, is_due), params["actor"], old),
         "critic": optax.incremental_update(params["critic"], target, agent.args.tau),
     }
     return agent.replace(

@@ -255,7 +255,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of the hidden layers
+    dot: Any = jax.lax.dot_general  # the product of all layers but the first
 
     def setup(self):
         width = self.hidden_dim
@@ -270,7 +270,7 @@ class Actor(nn.Module):
         self.first_bias = self.param("first_bias", nn.initializers.zeros, (width,))
         self.hidden_1 = Dense(width, dot_general=self.dot)
         self.hidden_2 = Dense(width, dot_general=self.dot)
-        self.output = Dense(self.action_dim)
+        self.output = Dense(self.action_dim, dot_general=self.dot)
 
     def embed_time(self, t):
         """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned frequencies, 2 layers."""
@@ -367,8 +367,9 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
     the predicted x_0, which is clipped to the box of actions; the noise of a step back has the
     standard deviation sqrt(beta_i) (released code). The action is the mean at t_0.
     """
-    times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
-    alpha, sigma = noise_schedule(times)
+    with jax.ensure_compile_time_eval():  # constants of the compiled program
+        times = jnp.linspace(T_MIN, T_MAX, num_steps + 1)
+        alpha, sigma = noise_schedule(times)
     a = alpha[1:] / alpha[:-1]
     beta = 1 - a**2  # since alpha^2 + sigma^2 = 1
     keys = jax.random.split(key, num_steps + 1)
@@ -391,7 +392,10 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
 
     x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
-    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True)
+    # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
+    # A CPU would gain nothing and compile for half as long again.
+    unroll = jax.default_backend() != "cpu"
+    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True, unroll=unroll)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
 
 

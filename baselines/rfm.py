@@ -261,7 +261,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of the hidden layers
+    dot: Any = jax.lax.dot_general  # the product of all layers but the first
 
     def setup(self):
         width = self.hidden_dim
@@ -276,7 +276,7 @@ class Actor(nn.Module):
         self.first_bias = self.param("first_bias", nn.initializers.zeros, (width,))
         self.hidden_1 = Dense(width, dot_general=self.dot)
         self.hidden_2 = Dense(width, dot_general=self.dot)
-        self.output = Dense(self.action_dim)
+        self.output = Dense(self.action_dim, dot_general=self.dot)
 
     def embed_time(self, t):
         """W_t f(t) + b (..., hidden_dim) at times t (..., 1); f: learned frequencies, 2 layers."""
@@ -342,7 +342,10 @@ def sample_latents(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return y + dt * velocity, None
 
     y = jax.random.normal(key, (obs.shape[0], num_samples, actor.action_dim))
-    y, _ = jax.lax.scan(euler_step, y, time_embeddings)
+    # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
+    # A CPU would gain nothing and compile for half as long again.
+    unroll = jax.default_backend() != "cpu"
+    y, _ = jax.lax.scan(euler_step, y, time_embeddings, unroll=unroll)
     return y
 
 

@@ -450,6 +450,18 @@ def load_script(path: pathlib.Path):
     return script
 
 
+def describe_gpu(gpu: GPU):
+    """A sharding that places arrays on the described GPU; from here on JAX says that it has one."""
+    import jax
+    from jax.experimental import topologies
+
+    jax.default_backend = lambda: "gpu"  # scripts ask it whether to unroll their loops
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=gpu.target_config, topology="1x1x1"
+    )
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
 def compile_script(path: pathlib.Path, flags: str, gpu: GPU) -> dict[str, tuple[str, float]]:
     """HLO text and seconds of compiling of `train_step` and `act`, with a script's own flags.
 
@@ -457,19 +469,14 @@ def compile_script(path: pathlib.Path, flags: str, gpu: GPU) -> dict[str, tuple[
     """
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
+    on_gpu = describe_gpu(gpu)
     script = load_script(path)
     args = tyro.cli(script.Args, args=shlex.split(flags))
     script.check_args(args)
     env = script.make_env(args.env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     env.close()
-
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=gpu.target_config, topology="1x1x1"
-    )
-    on_gpu = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
     def describe(function, *inputs):
         shapes = jax.eval_shape(function, *inputs)

@@ -92,6 +92,24 @@ def test_bfloat16_dot_rounds_its_inputs_and_sums_in_float32():
     np.testing.assert_allclose(ours, rounded[0] @ rounded[1], rtol=1e-5)
 
 
+def test_for_a_gpu_the_sampler_is_unrolled_and_draws_the_same(monkeypatch):
+    actor, params = make_actor()
+    inputs = actor, params, jnp.ones((2, 3)), jax.random.key(0), 3, 4
+    on_cpu = gempo.sample_actions(*inputs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    trace = jax.make_jaxpr(gempo.sample_actions, static_argnums=(0, 4, 5))
+    assert "unroll=4" in str(trace(*inputs))
+    np.testing.assert_allclose(gempo.sample_actions(*inputs), on_cpu, atol=1e-5)
+
+
+def test_for_a_gpu_the_result_of_bfloat16_dot_is_rounded_too(monkeypatch):
+    x, w, dims = jnp.array([[1.0, 2**-9]]), jnp.ones((2, 1)), (((1,), (0,)), ((), ()))
+    assert gempo.bfloat16_dot(x, w, dims) == 1 + 2**-9  # 10 bits
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rounded = gempo.bfloat16_dot(x, w, dims)
+    assert rounded.dtype == jnp.bfloat16 and rounded == 1
+
+
 def test_sampler_is_the_textbook_one_with_a_whole_network_at_every_step():
     """Ancestral DDPM by the posterior mean in beta_i and alpha-bar_i; noise of the same keys."""
     actor, params = make_actor()
