@@ -287,7 +287,7 @@ def product_flops(line: Instruction, computation: Computation) -> dict[str, floa
     if line.opcode != "dot" and not is_library:
         return {}
     pattern = r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]'
-    contracted = line.attribute(pattern).replace('"', "").split(",")
+    contracted = (line.attribute(pattern) or "").replace('"', "").split(",")  # none: outer product
     left = computation.instructions[line.operands[0]].outputs[0]
     length = math.prod(left.shape[int(axis)] for axis in contracted if axis)
     return {left.type: 2.0 * line.outputs[0].size * length}
