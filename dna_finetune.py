@@ -6,25 +6,25 @@
 
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
 Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) draws groups of n
-sequences from the current model, values them by an oracle, r = oracle(x), and descends
+sequences from the current model, values them by an oracle, r = oracle(x), and descends, averaged
+over the groups,
 
-    sum_b w_b l(x_b),   l(x) = 1/t sum_{i masked} -log p(x_i | x_t),                 (equation 8)
+    sum_b w_b l(x_b),   l(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t),             (equation 8)
 
-the denoising loss with weights w_b that rise with r_b inside a group: exp, linear, square, or neg,
-which is linear with a floor ell < 0, so that the model is pushed away from bad sequences.
+the denoising loss of the n sequences x_b, with weights w_b that rise with r_b inside a group: exp,
+linear, square, or neg, which is linear with a floor ell < 0, so that the model is pushed away from
+bad sequences; or wd1, a baseline.
 
-Before that, `prepare` pretrains the denoiser on sequences of 200 letters and trains two oracles of
-their activity, each on one half of the data: one is the reward, the other one only evaluates. All
-three wait in runs/cache for later runs with the same data and flags.
+Before that, `prepare` pretrains the denoiser on sequences of DNA and trains two oracles of their
+activity, each on one half of the data: one is the reward, the other one only evaluates. All three
+wait in runs/cache for later runs with the same data and flags.
 
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
 - data: --data-path FILE.tsv.gz; without it, sequences are generated whose activity is known exactly
 - reward: edit `compute_reward`
 - weights of the samples: edit `zscore_weights`
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
-  baselines/convert_drakes.py makes of a checkpoint of DRAKES. (A run's finetuned.model is of the
-  same form, but starting from it stacks one fine-tuning on another, and the column "pretrained" of
-  the results is then of that model.)
+  baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
 as if it had never stopped, on the same machine, as long as this file and the files that its flags
@@ -70,21 +70,21 @@ from tqdm import tqdm
 class Args:
     exp_name: str = "dna_finetune"  # name of this experiment
     seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
+    data_seed: int = 0  # seed of generated data, of their halves, of pretraining and oracles
     preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
     resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
     checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints
     cache_path: str = "runs/cache"  # folder where denoiser and oracles wait for the next run
     data_path: str | None = None  # CSV or TSV file, plain or .gz, with a header; None: generated
     sequence_column: str = "seq"  # data_path: its column of sequences
-    activity_column: str = "hepg2"  # data_path: its column of activities
+    activity_column: str = "hepg2"  # data_path: its column of activities (of HepG2 cells)
     split_column: str | None = None  # data_path: rows with the same entry here share an oracle
     sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    data_seed: int = 0  # seed of generated data, pretraining and oracles
-    denoiser_path: str | None = None  # a denoiser to start from, instead of pretraining one
-    hidden_dim: int = 48  # channels of the denoiser; denoiser_path has its own
-    num_layers: int = 4  # residual layers of the denoiser; denoiser_path has its own
-    pretrain_steps: int = 2_000  # updates of the pretraining; it is not done with --denoiser-path
+    denoiser_path: str | None = None  # a denoiser to start from; the next six flags have no effect
+    hidden_dim: int = 48  # channels of the denoiser
+    num_layers: int = 4  # residual layers of the denoiser
+    pretrain_steps: int = 2_000  # updates of the pretraining
     pretrain_batch_size: int = 128  # sequences per update of the pretraining
     pretrain_lr: float = 4e-3  # its learning rate (Adam)
     pretrain_warmup: int = 50  # updates over which the rate rises from 0
@@ -92,16 +92,14 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # how weights are scaled: see REWEIGHTING
-    ell: float = -0.3  # lowest weight of neg; zscore: floor on z; simplex: floor on n w
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # authors' DNA code or theory: REWEIGHTING
+    ell: float = -0.3  # floor of neg, at most 0; each normalizer has its own unit: see REWEIGHTING
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
-    target_kl: float = (
-        1.5  # KL budget of the weights in nats (kappa), which tunes lambda; simplex only
-    )
+    target_kl: float = 1.5  # KL divergence of the weights from uniform, in nats; simplex only
     num_updates: int = 100  # updates of the fine-tuning
     num_groups: int = 4  # groups per update (G)
     group_size: int = 32  # sequences per group, weighted against each other (n)
-    times_per_sample: int = 4  # noise levels at which an update denoises each sequence
+    times_per_sample: int = 4  # random times t at which an update denoises each sequence
     sample_steps: int = 40  # denoising steps of the sampler (T)
     learning_rate: float = 1e-3  # learning rate of the fine-tuning (Adam)
     eval_samples: int = 640  # sequences of an evaluation
@@ -137,7 +135,7 @@ COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "
 COUNTS += ("oracle_dim", "oracle_steps", "num_updates", "num_groups", "times_per_sample")
 COUNTS += ("sample_steps", "checkpoint_frequency")
 LOWEST = dict.fromkeys(COUNTS, 1) | {"seed": 0, "data_seed": 0, "group_size": 2, "eval_samples": 2}
-LOWEST |= {"sequence_length": 40, "data_size": 1_000}
+LOWEST |= {"sequence_length": 40, "data_size": 1_000}  # room for sites; ten sequences in the top 1%
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 
 
@@ -156,7 +154,7 @@ def check_args(args: Args) -> None:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
     if args.normalizer == "simplex":
-        log_n = math.log(args.group_size)  # weights that sum to one are never further apart
+        log_n = math.log(args.group_size)  # the KL divergence from uniform is never above it
         below = f"below log(group_size) = {log_n:.3f}"
         require(args, "target_kl", args.target_kl < log_n, below)
         has_sum = args.weighting != "wd1"
@@ -175,7 +173,7 @@ class Data(NamedTuple):
 
     tokens: np.ndarray  # (N, L) uint8
     activity: np.ndarray  # (N,) float32
-    half: np.ndarray  # (N,) bool: which oracle learns from it; True: the evaluating one
+    is_eval_half: np.ndarray  # (N,) bool: the evaluation oracle learns from it, else the reward's
 
 
 def encode(sequences: list[str]) -> np.ndarray:
@@ -193,7 +191,8 @@ def read_data(args: Args) -> Data:
     """The sequences of the CSV or TSV file --data-path; prints how many, and how many are left out.
 
     Rows with the same entry in --split-column, or without one a sequence and its reverse
-    complement, are in the same half. Exits with one line if the file is of no use.
+    complement, are in the same half, which is drawn. Variants of a sequence need --split-column,
+    or the oracles learn from the same ones. Exits with one line if the file is of no use.
     """
     path = pathlib.Path(args.data_path)
     open_text = gzip.open if path.suffix == ".gz" else open
@@ -214,17 +213,18 @@ def read_data(args: Args) -> Data:
         is_dna = len(sequence) == args.sequence_length and set(sequence) <= set("ACGT")
         if is_dna and math.isfinite(activity):
             other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
-            group = row[args.split_column] if args.split_column else min(sequence, other_strand)
+            either_strand = min(sequence, other_strand)  # the same whichever of the two is given
+            group = row[args.split_column] if args.split_column else either_strand
             sequences.append(sequence)
             activities.append(activity)
             groups.append(group)
     rule = f"{args.sequence_length} letters A, C, G or T, and a number as the activity"
     print(f"{path}: {len(sequences)} of {len(rows)} rows have {rule}", flush=True)
-    _, group_numbers = np.unique(groups, return_inverse=True)
-    half = group_numbers % 2 == 1
-    if len(half) < 200 or not half.any():
+    names, group_numbers = np.unique(groups, return_inverse=True)
+    if len(sequences) < 200 or len(names) < 2:
         raise SystemExit(f"--data-path {path}: 200 such rows in two groups are needed")
-    return Data(encode(sequences), np.float32(activities), half)
+    is_eval_group = np.random.default_rng(args.data_seed).permutation(len(names)) % 2 == 1
+    return Data(encode(sequences), np.float32(activities), is_eval_group[group_numbers])
 
 
 def parse_number(text: str) -> float:
@@ -262,7 +262,8 @@ WIDTH = max(len(site) for site in SITES)
 WEAK_SITE = 0.3  # strength of a site with one letter wrong
 # The activity is SILENT without sites and RISE above it at most. The constants are such that its
 # median, 99% and 99.9% quantiles, 0.1, 4.9 and 6.1, are near those of the paper's data (.2, 4.6, 6.2).
-SILENT, RISE, HALF, POWER = -1.0, 12.8, 6.5, 2.37
+SILENT, RISE, HALF_SATURATION, POWER = -1.0, 12.8, 6.5, 2.37
+SITE_SATURATION = 1.5  # how fast further sites of a motif stop to count
 MEASUREMENT_STD = 0.3
 
 
@@ -274,7 +275,7 @@ def site_filters() -> np.ndarray:
             if letter != "N":
                 tokens = np.array(IUPAC[letter])
                 filters[i, tokens, 0, k] = 1
-                filters[len(site) - 1 - i, 3 - tokens, 1, k] = 1
+                filters[len(site) - 1 - i, 3 - tokens, 1, k] = 1  # its reverse complement
     return filters
 
 
@@ -285,16 +286,19 @@ def find_sites(tokens: jax.Array) -> jax.Array:
     1 for a site, WEAK_SITE with one letter of at least 8 wrong, else 0; the better strand counts.
     """
     filters = site_filters()
-    num_letters = filters[:, :, 0].any(axis=1).sum(axis=0)  # (M,)
+    num_letters = filters[:, :, 0].any(axis=1).sum(axis=0)  # (M,), without N
     x = jax.nn.one_hot(tokens, 4)
-    x = jnp.pad(x, ((0, 0), (0, WIDTH - 1), (0, 0)))  # no site hangs over the end
+    x = jnp.pad(x, ((0, 0), (0, WIDTH - 1), (0, 0)))  # a site may start at any position
     layout = ("NWC", "WIO", "NWC")
     matches = jax.lax.conv_general_dilated(
         x, filters.reshape(WIDTH, 4, -1), (1,), "VALID", dimension_numbers=layout
     )
-    missing = num_letters - matches.reshape(*tokens.shape, 2, -1).max(axis=-2)
+    matches = matches.reshape(*tokens.shape, 2, -1)  # (B, L, strand, M)
+    missing = num_letters - matches.max(axis=-2)  # (B, L, M)
     is_weak = (missing == 1) & (num_letters >= 8)
-    return jnp.where(missing == 0, 1.0, jnp.where(is_weak, WEAK_SITE, 0.0))
+    strength = jnp.where(missing == 0, 1.0, jnp.where(is_weak, WEAK_SITE, 0.0))
+    ends = jnp.arange(tokens.shape[1])[:, None] + np.array([len(site) for site in SITES])
+    return jnp.where(ends <= tokens.shape[1], strength, 0.0)  # none hangs over the end
 
 
 @jax.jit
@@ -302,13 +306,14 @@ def true_activity(tokens: jax.Array) -> jax.Array:
     """The activity (B,) of tokens (B, L) in log2 units, without the error of measurement.
 
     A Hill function of activation / (1 + repression), both sums of effects e_m (1 - exp(-1.5 o_m)),
-    o_m the sum of a motif's sites: the second site of a motif adds less than the first.
+    o_m the sum of the strengths of a motif's sites: the second site of a motif adds less than the
+    first.
     """
-    bound = 1 - jnp.exp(-1.5 * find_sites(tokens).sum(axis=1))  # (B, M)
+    bound = 1 - jnp.exp(-SITE_SATURATION * find_sites(tokens).sum(axis=1))  # (B, M)
     activation = bound @ np.maximum(EFFECTS, 0)
     repression = bound @ np.maximum(-EFFECTS, 0)
     x = (activation / (1 + repression)) ** POWER
-    return SILENT + RISE * x / (HALF**POWER + x)
+    return SILENT + RISE * x / (HALF_SATURATION**POWER + x)
 
 
 def generate_data(size: int, length: int, seed: int) -> Data:
@@ -330,7 +335,7 @@ def generate_data(size: int, length: int, seed: int) -> Data:
         tokens[rows[:, None], starts + np.arange(len(site))] = letters
     noise = MEASUREMENT_STD * rng.standard_normal(size)
     activity = np.float32(in_batches(true_activity, tokens) + noise)
-    return Data(tokens, activity, half=rng.random(size) < 0.5)
+    return Data(tokens, activity, is_eval_half=rng.random(size) < 0.5)
 
 
 # =========================================== NETWORKS ============================================
@@ -353,7 +358,8 @@ class Denoiser(nn.Module):
             x = jax.nn.one_hot(x, 5)
         h = nn.relu(nn.Conv(self.hidden_dim, (9,), name="conv_in")(x))
         for i in range(self.num_layers):
-            dilation = (1, 1, 4, 16, 64)[5 * i // self.num_layers]  # 1 in two fifths of the layers
+            # 1 in 8 layers, then 4, 16 and 64 in 4 layers each of DRAKES' 20; 1, 1, 4 and 16 in 4.
+            dilation = (1, 1, 4, 16, 64)[5 * i // self.num_layers]
             bias = self.param(f"bias_{i}", nn.initializers.zeros, (self.hidden_dim,))
             y = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(h + bias)
             y = nn.Conv(self.hidden_dim, (9,), kernel_dilation=dilation, name=f"conv_{i}")(y)
@@ -377,7 +383,7 @@ class Oracle(nn.Module):
     def __call__(self, x, training: bool = False):
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = jax.nn.one_hot(x, 4)
-        x = nn.relu(nn.Conv(self.width, (15,))(x - 0.25))
+        x = nn.relu(nn.Conv(self.width, (15,))(x - 0.25))  # centred
         x = nn.max_pool(x**2, (8,), (8,))  # squared, it learns motifs in half the steps
         x = x + nn.relu(nn.Conv(self.width, (5,))(x))
         x = jnp.concatenate([x.max(axis=-2), x.mean(axis=-2)], axis=-1)
@@ -387,7 +393,7 @@ class Oracle(nn.Module):
 
 
 class Model(struct.PyTreeNode):
-    """A network with its parameters: a function, of which gradients can be taken."""
+    """A network with its parameters, called like a function; jax.grad by it is by the parameters."""
 
     params: Any
     network: nn.Module = struct.field(pytree_node=False)
@@ -413,19 +419,19 @@ T_MIN = 1e-5  # smallest time
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
-    """(1 - 1e-3) t, the chance that a letter is masked at time t in [0, 1] (MDLM's log-linear noise).
+    """(1 - 1e-3) t, the chance that a letter is masked at time t in [0, 1].
 
-    MDLM writes it as 1 - exp(-sigma) with the total noise sigma(t) = -log(1 - (1 - 1e-3) t), and
-    weighs the denoising loss with sigma'(t) / (exp(sigma) - 1). For this sigma that is 1 / t.
+    MDLM's log-linear noise (Sahoo et al. 2024).
     """
     return (1 - 1e-3) * t
 
 
 def denoising_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
-    """l(x) (..., n), a bound on -log p(x) in nats, of tokens (..., n, L).
+    """l(x) (..., n), an estimate of a bound on -log p(x) in nats, of tokens (..., n, L).
 
-    Each sequence is masked at one time. The n times are stratified: one lies in each n-th of (0, 1),
-    which makes their mean less noisy than n independent ones.
+    Each sequence is masked at one time. The n times of a batch or a group are stratified: one lies
+    in each n-th of (0, 1), which makes their mean less noisy than n independent ones. The factor 1/t
+    is MDLM's sigma'(t) / (exp(sigma) - 1) with mask_chance(t) = 1 - exp(-sigma(t)).
     """
     t_key, mask_key = jax.random.split(key)
     n = tokens.shape[-2]
@@ -451,10 +457,11 @@ def sample_sequences(denoiser: Model, key, num_samples: int, num_steps: int, len
 
     def denoising_step(x, step):
         lift_chance, key = step
-        # One uniform number decides whether a mask is lifted and which letter is under it.
+        # One uniform number u decides whether a mask is lifted and which letter is under it: the
+        # number of limits below u is the letter's token, or 4, MASK, above the last: not lifted.
         limits = lift_chance * jnp.cumsum(nn.softmax(denoiser(x)), axis=-1)
         u = jax.random.uniform(key, x.shape)
-        drawn = jnp.sum(u[..., None] > limits, axis=-1, dtype=x.dtype)  # 4, MASK: not lifted
+        drawn = jnp.sum(u[..., None] > limits, axis=-1, dtype=x.dtype)
         return jnp.where(x == MASK, drawn, x), None
 
     x = jnp.full((num_samples, length), MASK, jnp.uint8)
@@ -510,11 +517,11 @@ def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, se
     return model
 
 
-def fit_or_load(cache_path, code, name, model, loss, data, settings, seed) -> Model:
-    """`fit` of the last six arguments, or what it gave an earlier run, from a file in `cache_path`.
+def fit_or_load(cache_path: str, code: list, *, name, model, loss, data, settings, seed) -> Model:
+    """`fit`, or what it gave an earlier run with the same arguments, from a file in `cache_path`.
 
-    That run had the same arguments and the same source of network, loss, `fit` and `code`, functions
-    that the loss calls. A change of T_MIN or of a library is not noticed: empty the folder then.
+    That run had the same source of network, loss, `fit` and `code`, the functions that the loss
+    calls. A change of a constant or of a library is not noticed: empty the folder then.
     """
     digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
     for leaf in jax.tree.leaves((model, data)):
@@ -536,23 +543,35 @@ def pretraining_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.
 
 def pretrain_denoiser(data: Data, args: Args) -> Model:
     """A denoiser of the data's sequences."""
-    seed = args.data_seed
-    model = create_model(Denoiser(args.hidden_dim, args.num_layers), args, jax.random.key(seed))
-    rate = args.pretrain_lr, args.pretrain_warmup, args.pretrain_decay
-    settings = FitSettings(args.pretrain_steps, args.pretrain_batch_size, *rate)
-    start = model, pretraining_loss, data.tokens, settings, seed
-    return fit_or_load(args.cache_path, [denoising_loss, mask_chance], "denoiser", *start)
+    network = Denoiser(args.hidden_dim, args.num_layers)
+    return fit_or_load(
+        args.cache_path,
+        code=[denoising_loss, mask_chance],
+        name="denoiser",
+        model=create_model(network, args, jax.random.key(args.data_seed)),
+        loss=pretraining_loss,
+        data=data.tokens,
+        settings=FitSettings(
+            args.pretrain_steps,
+            args.pretrain_batch_size,
+            lr=args.pretrain_lr,
+            warmup=args.pretrain_warmup,
+            decay=args.pretrain_decay,
+        ),
+        seed=args.data_seed,
+    )
 
 
 def load_denoiser(path: str) -> Model:
     """The denoiser of a file; exits with one line if it holds none.
 
-    The file is unpickled: load only what you trust.
+    A run's finetuned.model is such a file, too: starting from it stacks one fine-tuning on another,
+    and "pretrained" in the results is then that model. It is unpickled: load only what you trust.
     """
     params = read_pickle(pathlib.Path(path))
-    layers = params.get("params", {})
-    if "conv_in" not in layers:
+    if not (isinstance(params, dict) and "conv_in" in params.get("params", {})):
         raise SystemExit(f"{path} cannot be used: it holds no denoiser")
+    layers = params["params"]
     num_layers = sum(name.startswith("norm_") for name in layers)
     return Model(jax.device_put(params), Denoiser(len(layers["conv_in"]["bias"]), num_layers))
 
@@ -566,24 +585,30 @@ def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
 
 def train_oracle(data: Data, args: Args, for_evaluation: bool) -> Model:
     """An oracle of its half of the data. Prints how well it predicts the other half."""
-    is_own = data.half == for_evaluation
-    tokens, activity = data.tokens[is_own], data.activity[is_own]
+    is_own_half = data.is_eval_half == for_evaluation
+    tokens, activity = data.tokens[is_own_half], data.activity[is_own_half]
     name = "evaluation-oracle" if for_evaluation else "reward-oracle"
     width = 3 * args.oracle_dim // 2 if for_evaluation else args.oracle_dim
     seed = args.data_seed + int(for_evaluation)
     network = Oracle(width, float(activity.mean()), float(activity.std()) + 1e-6)
-    model = create_model(network, args, jax.random.key(seed))
-    settings = FitSettings(args.oracle_steps, batch_size=128, lr=3e-3)
-    start = model, oracle_loss, (tokens, activity), settings, seed
-    oracle = fit_or_load(args.cache_path, [], name, *start)
-    predicted = in_batches(partial(predict, oracle), data.tokens[~is_own])
-    correlation = stats.spearmanr(predicted, data.activity[~is_own]).statistic
+    oracle = fit_or_load(
+        args.cache_path,
+        code=[],
+        name=name,
+        model=create_model(network, args, jax.random.key(seed)),
+        loss=oracle_loss,
+        data=(tokens, activity),
+        settings=FitSettings(args.oracle_steps, batch_size=128, lr=3e-3),
+        seed=seed,
+    )
+    predicted = in_batches(partial(predict, oracle), data.tokens[~is_own_half])
+    correlation = stats.spearmanr(predicted, data.activity[~is_own_half]).statistic
     print(f"{name}: Spearman correlation {correlation:.3f} on the other half", flush=True)
     return oracle
 
 
 class Setup(NamedTuple):
-    """What every method starts from."""
+    """What the fine-tuning starts from, and the guidance methods of baselines/dna_guidance.py."""
 
     data: Data
     denoiser: Model  # the pretrained one
@@ -618,29 +643,37 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
 
 
 # ========================================== REWEIGHTING ==========================================
-# A weighting gives the samples of a group weights that rise with their rewards. The weights are
-# constants in the loss: no gradient flows through them. Two ways to scale them:
+# A weighting gives the samples of a group weights that rise with their rewards r. The weights are
+# constants in the loss: no gradient flows through them. Two normalizers scale them.
 #
-# zscore, the authors' code for DNA. With z = (r - mean) / std inside the group,
-#     linear  clip(z, 0, 3)         square  z^2 where z > 0        neg  clip(z, ell, 3)
-#   and, of the rewards as they are,
-#     exp     softmax(r / exp_temperature), as RL-D2
-#     wd1     softmax(r) - softmax(-r), as in the authors' code; the paper's Example 3.4 (and
-#             bandit.py) has z in the place of r
-#   ell is a floor on z. Normal rewards have a mean weight of 0.27 at ell = -0.3, so that the floor
-#   is 1.1 mean weights below 0.
+# zscore, as the authors' code for DNA does, with z = (r - mean) / std inside the group:
 #
-# simplex, the paper's theory (Appendix E) and the RL scripts. Weights that sum to one over a group,
-#     exp(y), max(y, 0), max(y, 0)^2 or max(y, ell / n), with y = (r - nu) / lambda
-#   with nu such that they do, and lambda tuned to the KL budget target_kl (Appendix F). ell is a
-#   floor on n w, whose mean is 1: at ell = -0.3 it is 0.3 mean weights below 0. The two meanings of
-#   ell are not comparable; the RL scripts have this one.
+#     linear  clip(z, 0, 3)
+#     square  max(z, 0)^2                      the authors cap the others at 3, not this one
+#     neg     clip(z, ell, 3)
+#     exp     softmax(r / exp_temperature)     no z-score: of the rewards as they are, as in RL-D2
+#     wd1     softmax(r) - softmax(-r)         no z-score in the authors' code, but in the paper
+#
+# simplex, as the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over the
+# group, with y = (r - nu) / lambda, nu such that they do, and lambda tuned to --target-kl (Appendix
+# F):
+#
+#     linear  max(y, 0)
+#     square  max(y, 0)^2
+#     neg     max(y, ell / n)
+#     exp     exp(y)
+#
+# ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
+# reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
+# weights. In simplex it is in mean weights, as in the RL scripts: at -0.3 the lowest is -0.3 of them.
+# 0 is linear. Tried in zscore: -0.05 to -0.5 (benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. Nothing
 # bounds that from below and no KL term holds the model near the pretrained one; what restrains it
-# is the floor on the weights, the clipped gradient and the small number of updates.
+# is the floor on the weights, the learning rate and the small number of updates.
 #
-# To add a weighting: a branch in zscore_weights, and its name in Args.weighting.
+# To add a weighting: a branch in zscore_weights, and its name in Args.weighting; for --normalizer
+# simplex, a branch in simplex_weights, too.
 
 
 def compute_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
@@ -681,12 +714,18 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
     raise ValueError(f"simplex_weights does not know {args.weighting}")
 
 
-# The functions of simplex are those of gempo_{exp,square,neg}.py word for word, where they are
-# derived. Their names: q are the rewards, temp is lambda, and N is n. With q in descending order,
-# `excess` at rank k is by how much the top k lie above q_k in all (in square, whose z are q / temp:
-# the sum of the squares of that). It rises with k. Active, that is with a weight above the floor, are
-# the ranks k at which nu = q_k would not yet make the weights sum to more than one. In square,
-# `deviations` are D_k, the sums of squared deviations from the mean of the top k.
+# The functions of simplex are those of gempo_{exp,square,neg}.py word for word. Their names: q are
+# the rewards, temp is lambda, N is n. In solve_normalizer_*, ranks go down from the best reward, and
+# k is the number of active samples, those above the floor. Sample k is active if, with nu so low that
+# its own weight just sits on the floor, the weights do not yet sum to more than one. For that, with
+# x_1 >= x_2 >= ... the sorted rewards and all others at the floor:
+#
+#     neg     excess_k = sum_{i<=k} (x_i - x_k)          is at most lambda (1 - ell)
+#     square  excess_k = sum_{i<=k} (z_i - z_k)^2        is at most 1, with z = x / lambda
+#
+# excess_k rises with k, so k is the number of ranks that pass. Then the sum over the k active ones is
+# solved for nu: it is linear in nu (neg) or quadratic (square; its D_k are the sums of squared
+# deviations of the top k from their mean).
 
 
 def solve_normalizer_exp(q: jax.Array, temp: jax.Array) -> jax.Array:
@@ -763,9 +802,8 @@ LAMBDA_OPTIMIZER = optax.adam(0.03)  # of log lambda, in simplex
 class State(NamedTuple):
     """All that fine-tuning changes: a checkpoint is one of these, and the flags.
 
-    Resuming is exact because everything else is made anew: random keys from the seed and the number
-    of the update, data, denoiser and oracles from the flags. So code, reward, data file and
-    denoiser file must not have changed.
+    Everything else is made anew when a run is resumed: random keys from the seed and the number of
+    the update; data, pretrained denoiser and oracles from the flags.
     """
 
     update: int  # updates made
@@ -785,15 +823,17 @@ def create_state(args: Args, denoiser: Model) -> State:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
-    Adam does not see the scale of the weights, but the clip does: over a group of n, zscore's
-    weights of normal rewards sum to 0.27 n (neg, ell = -0.3), simplex's and zscore's exp to one. So
-    10 is a tighter limit in zscore.
+    Adam does not see the scale of the weights, but the clip does: over a group of n, linear, square
+    and neg of zscore sum to a share of n (0.27 n in neg, ell = -0.3), all others to one or less.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
 
 def weighted_loss(denoiser: Model, tokens, weights, key, args: Args) -> jax.Array:
-    """Reweighted denoising (equation 8) per letter of tokens (G, n, L) with weights (G, n)."""
+    """Reweighted denoising (equation 8) per letter of tokens (G, n, L) with weights (G, n).
+
+    A sum over the n of a group and a mean over groups: zscore's weights need not sum to one.
+    """
     repeated = jnp.broadcast_to(tokens, (args.times_per_sample, *tokens.shape))
     nats = denoising_loss(denoiser, repeated, key).mean(axis=0)  # (G, n)
     return jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[-1]
@@ -806,7 +846,7 @@ def learn(denoiser: Model, opt_state, tokens: jax.Array, weights: jax.Array, key
     Returns the new denoiser and state of the optimizer, and scalars to log.
     """
     loss, grads = jax.value_and_grad(weighted_loss)(denoiser, tokens, weights, key, args)
-    optimizer = make_optimizer(args)  # made while this function is compiled, not in every update
+    optimizer = make_optimizer(args)  # a pair of functions without state, made anew when compiled
     updates, opt_state = optimizer.update(grads, opt_state)
     metrics = {
         "losses/weighted_loss": loss,
@@ -834,15 +874,17 @@ def split_seed(args: Args) -> jax.Array:
 
 def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
     """The denoiser after updates, each of which samples, rewards, weighs, steps and logs."""
-    groups = args.num_groups, args.group_size
-    sizes = math.prod(groups), args.sample_steps, args.sequence_length
+    groups = args.num_groups, args.group_size  # (G, n)
+    num_samples = args.num_groups * args.group_size
     finetune_key, _ = split_seed(args)
     bar = progress_bar("fine-tuning", state.update, args.num_updates)
     for update in bar:
         sample_key, loss_key = jax.random.split(jax.random.fold_in(finetune_key, update))
 
         # 1. Sample groups of sequences from the current model: every update has its own.
-        tokens = sample_sequences(state.denoiser, sample_key, *sizes)  # (G n, L)
+        tokens = sample_sequences(
+            state.denoiser, sample_key, num_samples, args.sample_steps, args.sequence_length
+        )  # (G n, L)
 
         # 2. Reward each sequence.
         rewards = jnp.asarray(compute_reward(tokens, setup), jnp.float32)  # (G n,)
@@ -864,7 +906,7 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
             metrics |= {"charts/kl": kl, "charts/lambda": simplex_lambda}
         state = State(update + 1, denoiser, opt_state, log_lambda, lambda_opt_state)
 
-        # 5. Log, and once in a while save.
+        # 5. Log medians over the samples, and once in a while save.
         metrics["charts/reward"] = jnp.median(rewards)
         metrics["charts/predicted_activity"] = jnp.median(predict(setup.eval_oracle, tokens))
         if not args.data_path:
@@ -889,7 +931,7 @@ def draw_samples(denoiser: Model, args: Args) -> np.ndarray:
 
 @jax.jit
 def log_likelihood(denoiser: Model, key, tokens: jax.Array) -> jax.Array:
-    """A lower bound of log p(x) (B,) of tokens (B, L) in nats, of 8 times t each."""
+    """Estimates of a lower bound of log p(x) (B,), tokens (B, L), in nats, at 8 random t each."""
     keys = jax.random.split(key, 8)
     return -jax.lax.map(partial(denoising_loss, denoiser, tokens), keys).mean(axis=0)
 
@@ -938,9 +980,10 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     # How natural they are: median bound of log p(x) in nats under the PRETRAINED denoiser.
     likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
     metrics["log_likelihood_bound"] = np.median(in_batches(likelihood, tokens, size=128))
-    # Share of distinct sequences, and in how many letters two of them differ on average: two draws
-    # differ at a place with the chance 1 - sum of squared shares; B / (B - 1) leaves out self-pairs.
+    # Share of distinct sequences.
     metrics["unique_fraction"] = len(np.unique(tokens, axis=0)) / len(tokens)
+    # In how many letters two samples differ on average. Two draws from the letters of a place, with
+    # shares p, differ with the chance 1 - sum p^2; B / (B - 1) leaves out a sample with itself.
     letter_shares = np.mean(tokens[..., None] == np.arange(4), axis=0)  # (L, 4)
     differing = tokens.shape[1] - np.sum(letter_shares**2)
     metrics["hamming_distance"] = differing * (len(tokens) / (len(tokens) - 1))
@@ -950,7 +993,7 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
 
 
 def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
-    """Write metrics and sequences of two samples, tokens (B, L), into a run's folder `path`.
+    """Write metrics and sequences, of tokens (B, L) before and after, into a run's folder `path`.
 
     Prints the metrics and returns them. Draws pictures if benchmark/plot_dna.py is there.
     """
@@ -965,7 +1008,8 @@ def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
         print(f"{name:24}{value:12.3f}{metrics['finetuned'][name]:12.3f}")
     try:
         from benchmark import plot_dna
-    except ImportError:  # this file was copied elsewhere
+    except ImportError as error:  # this file was copied elsewhere, or there is no matplotlib
+        print(f"no pictures: {error}")
         return metrics
     plot_dna.draw(path)
     return metrics
@@ -978,9 +1022,9 @@ def main(args: Args) -> dict:
     saved_leaves = None
     if args.resume:
         args, saved_leaves = load_checkpoint(args.resume)
-    run = RunFolder(args, args.weighting)
     setup = prepare(args)
-    before = draw_samples(setup.denoiser, args)
+    run = RunFolder(args, args.weighting)
+    before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
     state = create_state(args, setup.denoiser)
     if saved_leaves is not None:
         state = jax.tree.unflatten(jax.tree.structure(state), saved_leaves)
@@ -1010,7 +1054,7 @@ class RunFolder:
         print(f"{method} on {device}: tensorboard --logdir {self.path}", flush=True)
 
     def rewind_log(self, update: int) -> None:
-        """Let TensorBoard drop what was logged after `update`."""
+        """Let TensorBoard drop what was logged after `update`: it drops all that is not before a START."""
         start = SessionLog(status=SessionLog.START)
         self.writer.add_event(Event(wall_time=time.time(), step=update + 1, session_log=start))
 
@@ -1033,16 +1077,21 @@ class RunFolder:
 
 def load_checkpoint(resume: str) -> tuple[Args, list]:
     """Flags and leaves of the `State` of a run's checkpoint; exits with one line if it has none."""
-    content = read_pickle(pathlib.Path(resume, "checkpoint"))
-    return replace(Args(**content["args"]), resume=resume), content["leaves"]
+    path = pathlib.Path(resume, "checkpoint")
+    content = read_pickle(path)
+    try:
+        return replace(Args(**content["args"]), resume=resume), content["leaves"]
+    except (KeyError, TypeError) as error:  # such as a flag of another version
+        raise SystemExit(f"{path} is no checkpoint of this script: {one_line(error)}") from None
 
 
 def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
     """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
-    truth = in_batches(true_activity, tokens)
     is_site = in_batches(find_sites, tokens) == 1  # (B, L, M)
     names = list(MOTIFS)
+    if not args.data_path:
+        truth = in_batches(true_activity, tokens)
     lines = []
     for i, sequence in enumerate(decode(tokens)):
         header = f">{i} predicted_activity={predicted[i]:.3f}"

@@ -317,7 +317,7 @@ def test_generated_data(data):
     """Quantiles near the real data's, half of the sequences for each oracle, varied GC."""
     median, high = np.quantile(data.activity, [0.5, 0.99])
     assert median == pytest.approx(0.1, abs=0.15) and high == pytest.approx(4.8, abs=0.4)
-    assert data.half.mean() == pytest.approx(0.5, abs=0.05)
+    assert data.is_eval_half.mean() == pytest.approx(0.5, abs=0.05)
     gc = np.isin(data.tokens, (1, 2)).mean(axis=1)
     assert 0.42 < gc.mean() < 0.5 and 0.07 < gc.std() < 0.13
     counts = dna.count_motifs(data.tokens) / len(data.tokens)
@@ -351,12 +351,25 @@ def test_sites_are_found_on_both_strands_and_with_one_letter_wrong():
     assert strength[2, cebpa] == 1
     assert np.sum(np.asarray(dna.find_sites(tokens)) == 1) == 3
     at_the_end = dna.encode([put(NEUTRAL, ETS, 191), put(NEUTRAL, ETS[:8], 192)])
-    assert (np.asarray(dna.find_sites(at_the_end)) == 1).sum(axis=(1, 2)).tolist() == [1, 0]
+    strength = np.asarray(dna.find_sites(at_the_end))
+    assert (strength == 1).sum(axis=(1, 2)).tolist() == [1, 0]
+    assert strength[1, 192, ets] == 0  # not even a weak one, whose missing letter is beyond the end
+
+
+def test_sites_do_not_depend_on_the_strand():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(4, size=(2_000, 60)).astype(np.uint8)
+    strengths = [
+        np.sort(np.asarray(dna.find_sites(x)), axis=1) for x in (tokens, 3 - tokens[:, ::-1])
+    ]
+    np.testing.assert_array_equal(*strengths)
 
 
 def test_the_true_activity_by_hand():
     def hill(x):
-        return dna.SILENT + dna.RISE * x**dna.POWER / (dna.HALF**dna.POWER + x**dna.POWER)
+        return dna.SILENT + dna.RISE * x**dna.POWER / (
+            dna.HALF_SATURATION**dna.POWER + x**dna.POWER
+        )
 
     one = put(NEUTRAL, HNF1A, 90)
     both = put(one, ETS, 20)
@@ -418,15 +431,24 @@ def test_columns_are_flags_and_an_elements_rows_stay_in_one_half(tmp_path):
     rows = [(f"e{i // 2}", sequence, y) for i, (sequence, y) in enumerate(random_rows(400))]
     path = write_table(tmp_path / "data.tsv", rows, ("element", "dna", "log2"))
     flags = dict(sequence_column="dna", activity_column="log2", split_column="element")
-    half = read(path, **flags).half
+    half = read(path, **flags).is_eval_half
     assert (half[::2] == half[1::2]).all() and half.sum() == 200
 
 
 def test_without_a_split_column_both_strands_stay_in_one_half(tmp_path):
     rows = random_rows(300)
     rows += [(reverse_complement(sequence), y) for sequence, y in rows]
-    half = read(write_table(tmp_path / "d.csv", rows)).half
+    half = read(write_table(tmp_path / "d.csv", rows)).is_eval_half
     assert (half[:300] == half[300:]).all() and 100 < half[:300].sum() < 200
+
+
+def test_the_halves_are_drawn_and_not_every_other_name(tmp_path):
+    rows = [(f"e{i:03}", sequence, y) for i, (sequence, y) in enumerate(random_rows(400))]
+    path = write_table(tmp_path / "data.csv", rows, ("element", "seq", "hepg2"))
+    half = read(path, split_column="element").is_eval_half
+    changes = np.mean(half[1:] != half[:-1])
+    assert half.sum() == 200 and 0.4 < changes < 0.6
+    assert not (half == read(path, split_column="element", data_seed=1).is_eval_half).all()
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
@@ -775,6 +797,11 @@ def test_what_cannot_be_resumed_ends_in_one_line(inside):
     copy.mkdir()
     (copy / "checkpoint").write_bytes((run / "checkpoint").read_bytes()[:-100])
     assert "checkpoint cannot be used" in line(copy)
+    dna.write_pickle(copy / "checkpoint", {"args": {"flag_of_another_version": 1}, "leaves": []})
+    assert "checkpoint is no checkpoint of this script: " in line(copy)
+    runs = sorted((inside / "runs").iterdir())
+    assert "nowhere.csv" in error_line(dna.main, dna.Args(**TINY, data_path="nowhere.csv"))
+    assert sorted((inside / "runs").iterdir()) == runs  # no empty folder is left
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
@@ -824,7 +851,7 @@ def test_the_file_alone_reads_a_file_of_data(inside, setup, monkeypatch):
     monkeypatch.setitem(sys.modules, "benchmark", None)
     script = shutil.copy(ROOT / "dna_finetune.py", inside / "alone.py")
     data = setup.data
-    columns = dna.decode(data.tokens), map(repr, data.activity.tolist()), data.half.tolist()
+    columns = dna.decode(data.tokens), map(repr, data.activity.tolist()), data.is_eval_half.tolist()
     write_table(inside / "data.tsv", zip(*columns, strict=True), ("seq", "hepg2", "half"))
     flags = TINY | dict(exp_name="alone", data_path="data.tsv", split_column="half", num_updates=1)
     argv = ["alone.py"]
