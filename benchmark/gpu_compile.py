@@ -22,9 +22,10 @@ kernel does not reach the peak, which is the rule, and does not count the arithm
 operations (products of a single row are compiled to such). It is too high where what one kernel
 writes is still in the cache when the next one reads it (50 MB on an H100: most activations here),
 and where CUDA graphs launch faster. XLA chooses kernels by timing them where it has a GPU; without
-one, autotuning is off, and so the choice of kernels for matrix products may differ. A loop of
-unknown length is counted as one round, and of a conditional the branch with more kernels; the wait
-for its predicate is not counted.
+one, autotuning is off, and so the choice of kernels for matrix products may differ. Where XLA then
+finds no Triton kernel for a product, the program is compiled with cuBLAS's alone, and a line says
+so. A loop of unknown length is counted as one round, and of a conditional the branch with more
+kernels; the wait for its predicate is not counted.
 """
 
 import importlib.metadata
@@ -498,7 +499,16 @@ def compile_script(path: pathlib.Path, flags: str, gpu: GPU) -> dict[str, tuple[
     compiled = {}
     for name, program in programs.items():
         start = time.perf_counter()
-        text = program.compile().as_text()
+        try:
+            text = program.compile().as_text()
+        except (
+            jax.errors.JaxRuntimeError
+        ) as error:  # of a product's shape that Triton has no tiles for
+            print(
+                f"{path.name}: {name} without Triton's products: {str(error)[:150]}",
+                file=sys.stderr,
+            )
+            text = program.compile({"xla_gpu_enable_triton_gemm": False}).as_text()
         compiled[name] = text, time.perf_counter() - start
     return compiled
 
