@@ -813,7 +813,9 @@ def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | Non
 
     Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
     """
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    seeds = [(seed + i) % 2**32 for i in range(len(envs))]  # dm_control's take no greater ones
+    obs = [env.reset(seed=own_seed)[0] for env, own_seed in zip(envs, seeds, strict=True)]
+    obs = np.stack(obs).astype(np.float32)
     returns = np.zeros(len(envs))
     lengths = np.zeros(len(envs), int)
     running = list(range(len(envs)))

@@ -390,8 +390,8 @@ noise = f"{SCRIPTS} test_evaluation_acts_outside_of_training_with_new_noise_at_e
 endless = f"{SCRIPTS} test_an_endless_episode_is_cut_and_counts_as_far_as_it_went"
 stops = f"{SCRIPTS} test_a_signal_ends_an_evaluation_without_scores"
 apart = f"{SCRIPTS} test_every_evaluation_of_a_run_and_every_run_has_seeds_of_its_own"
-shared(whole, "episodes_from_one_seed", "env.reset(seed=seed + i)", "env.reset(seed=seed)")
-shared(whole, "reset_unseeded", "env.reset(seed=seed + i)", "env.reset()")
+shared(whole, "episodes_from_one_seed", "(seed + i) % 2**32", "seed % 2**32")
+shared(whole, "reset_unseeded", "env.reset(seed=own_seed)", "env.reset()")
 shared(whole, "truncations_do_not_end", "if terminated or truncated:", "if terminated:")
 shared(whole, "last_reward_for_return", "returns[i] += reward", "returns[i] = reward")
 shared(whole, "another_deviation", "returns.std(),", "returns.std(ddof=1),")

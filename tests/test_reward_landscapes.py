@@ -204,6 +204,16 @@ def test_the_mean_speed_of_an_episode_arrives_where_the_scripts_log_it(suite):
     assert set(charts) == {"speed", "_speed"}
 
 
+def test_they_can_be_evaluated_after_a_million_steps(suite, monkeypatch):
+    """Their random generator takes no seed of 2**32 or more."""
+    script = SCRIPTS["square"]
+    monkeypatch.setattr(script, "act", lambda *inputs, training: np.zeros((1, 6)))
+    seed = 1 + script.EVAL_SEED_STRIDE * 1_000_000
+    scores = script.evaluate(None, [make("cheetah", "exp")], seed)
+    assert scores["eval/episodic_length"] == 500
+    assert np.isfinite(scores["eval/episodic_return"])
+
+
 SMALL = ["--hidden-dim=16", "--num-particles=2", "--diffusion-steps=2", "--batch-size=8"]
 SMALL += ["--buffer-size=2000", "--eval-episodes=1", "--eval-best-of=1"]
 SMALL += ["--total-timesteps=2000", "--learning-starts=500", "--eval-frequency=1000"]

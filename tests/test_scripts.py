@@ -443,6 +443,16 @@ def test_evaluation_plays_whole_episodes_from_seeds_of_their_own():
     assert scores["eval/episodic_length"] == 2.5
 
 
+def test_seeds_of_a_late_evaluation_stay_below_those_that_dm_control_refuses(monkeypatch):
+    """Such environments give theirs to numpy's RandomState, which takes 32 bits."""
+    monkeypatch.setattr(GEMPO, "act", lambda *inputs, training: np.zeros((2, 2)))
+    envs = [Scripted([1.0]), Scripted([1.0])]
+    seed = GEMPO.EVAL_SEED_STRIDE * 1_000_000
+    GEMPO.evaluate(None, envs, seed)
+    GEMPO.evaluate(None, envs, 2**32 - 1)
+    assert [env.seeds for env in envs] == [[seed % 2**32, 2**32 - 1], [(seed + 1) % 2**32, 0]]
+
+
 def test_evaluation_acts_outside_of_training_with_new_noise_at_each_step(monkeypatch):
     calls = []
 
