@@ -410,7 +410,10 @@ def draw(env_id: str, variants: dict[str, Seeds], names: list[str], args: Args) 
         label = f"{name} ({len(seeds)} seed{plural}, {steps[-1]:,} steps)"
         axes.plot(steps, interquartile_mean(values), color=colour, label=label)
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_title(f"{env_id}: interquartile mean and {100 * args.confidence:g}% interval")
+    what = f"interquartile mean and {100 * args.confidence:g}% interval"
+    if all(len(seeds) == 1 for seeds in variants.values()):
+        what = "one seed each"
+    axes.set_title(f"{env_id}: {what}")
     axes.set_xlabel("environment steps")
     axes.set_ylabel(args.tag)
     axes.grid(alpha=0.3)

@@ -575,6 +575,13 @@ def test_a_curve_is_the_interquartile_mean_as_far_as_all_seeds_go():
     low, high = plot.bootstrap_interval([values], 0.95, 2000)
     limits = band.get_datalim(axes.transData)
     assert limits.y0 == low.min() and limits.y1 == high.max()
+    assert axes.get_title() == "Hopper-v5: interquartile mean and 95% interval"
+
+
+def test_the_title_of_single_seeds_promises_no_interval():
+    variants = plot.group(evaluations(s1=[1, 5]))["Hopper-v5"]
+    (axes,) = plot.draw("Hopper-v5", variants, ["gempo_neg"], plot.Args(paths=())).axes
+    assert axes.get_title() == "Hopper-v5: one seed each"
 
 
 def write_run(folder, values, first=0, **hyperparameters):
