@@ -1015,8 +1015,10 @@ class RunFolder:
         self.step_time = now
         if step <= self.args.learning_starts + 2 * self.args.num_envs:
             self.durations.clear()  # random steps, and the one that compiles
-        if step >= self.args.learning_starts + 100 * self.args.num_envs:
-            self.announce_long_run(step)
+        if len(self.durations) == self.durations.maxlen:
+            self.announce_long_run(
+                step
+            )  # not after the first steps, of which one may have compiled
         self.bar.update(step - self.bar.n)
         if now - self.line_time > 30:
             self.print_line(step)

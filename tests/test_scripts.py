@@ -769,3 +769,14 @@ def test_a_long_run_without_an_accelerator_is_announced_once(run_folder, capsys)
     run_folder.announce_long_run(2)
     (line,) = capsys.readouterr().out.splitlines()
     assert "about 1250 hours" in line and "README" in line  # 5,000,000 steps of 0.9 s
+
+
+def test_a_resumed_run_is_not_judged_by_its_first_step_which_compiles(run_folder, capsys):
+    capsys.readouterr()
+    run_folder.step_time -= 100.0  # the first step since a resume, long after learning began
+    for step in range(1_000_000, 1_000_098, 2):
+        run_folder.show_progress(step)
+    assert len(run_folder.durations) == 49 and not run_folder.is_long_run_announced
+    run_folder.show_progress(1_000_098)
+    assert run_folder.is_long_run_announced
+    assert capsys.readouterr().out == ""  # the median of 50 steps is of those that took no time
