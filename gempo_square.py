@@ -1016,10 +1016,9 @@ class RunFolder:
         self.step_time = now
         if step <= self.args.learning_starts + 2 * self.args.num_envs:
             self.durations.clear()  # random steps, and the one that compiles
+        # Not after the first steps, one of which may have compiled.
         if len(self.durations) == self.durations.maxlen:
-            self.announce_long_run(
-                step
-            )  # not after the first steps, of which one may have compiled
+            self.announce_long_run(step)
         self.bar.update(step - self.bar.n)
         if now - self.line_time > 30:
             self.print_line(step)

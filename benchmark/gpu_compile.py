@@ -501,13 +501,9 @@ def compile_script(path: pathlib.Path, flags: str, gpu: GPU) -> dict[str, tuple[
         start = time.perf_counter()
         try:
             text = program.compile().as_text()
-        except (
-            jax.errors.JaxRuntimeError
-        ) as error:  # of a product's shape that Triton has no tiles for
-            print(
-                f"{path.name}: {name} without Triton's products: {str(error)[:150]}",
-                file=sys.stderr,
-            )
+        except jax.errors.JaxRuntimeError as error:  # Triton has no tiles for a product's shape
+            reason = str(error)[:150]
+            print(f"{path.name}: {name} without Triton's products: {reason}", file=sys.stderr)
             text = program.compile({"xla_gpu_enable_triton_gemm": False}).as_text()
         compiled[name] = text, time.perf_counter() - start
     return compiled
