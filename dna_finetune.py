@@ -187,6 +187,15 @@ def decode(tokens) -> list[str]:
     return [row.tobytes().decode() for row in LETTERS[np.asarray(tokens)]]
 
 
+def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
+    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
+    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
+    padded = np.concatenate([tokens, padding])
+    starts = range(0, len(padded), size)
+    parts = [np.asarray(function(padded[start : start + size])) for start in starts]
+    return np.concatenate(parts)[: len(tokens)]
+
+
 def read_data(args: Args) -> Data:
     """The sequences of the CSV or TSV file --data-path; prints how many, and how many are left out.
 
@@ -1101,15 +1110,6 @@ def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Ar
         sites = [f"{names[k]}:{start}-{start + len(SITES[k])}" for start, k in places]
         lines += [f"{header} sites={','.join(sites)}", sequence]
     path.write_text("\n".join(lines) + "\n")
-
-
-def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
-    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
-    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
-    padded = np.concatenate([tokens, padding])
-    starts = range(0, len(padded), size)
-    parts = [np.asarray(function(padded[start : start + size])) for start in starts]
-    return np.concatenate(parts)[: len(tokens)]
 
 
 def progress_bar(name: str, first: int, total: int) -> tqdm:

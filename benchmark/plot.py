@@ -8,9 +8,9 @@ and standard error over seeds and the average over tasks in percent of SAC; and 
 mean with a 95% interval by bootstrap. With --figures it draws a picture for each environment:
 interquartile mean over seeds and its interval at every step.
 
-A variant is a script with its flags, and is named after the flags that not all runs of that script
-in an environment have. A curve ends where its shortest run does. SAC's returns are those of Table 2 of
-the paper (arXiv 2603.10250).
+A variant is a script with its flags, and is named after the flags in which the runs of that script in
+an environment differ, without those that change no learning (NOT_LEARNING). A curve ends where its
+shortest run does. SAC's returns are those of Table 2 of the paper (arXiv 2603.10250).
 """
 
 import csv
@@ -48,6 +48,9 @@ PAPER = {
     "SAC": ((10938, 68), (5131, 97), (4945, 186), (4463, 151), (2509, 276), (61, 5)),
     "TD3": ((9820, 1543), (5263, 47), (4400, 1196), (3732, 388), (3387, 302), (88, 25)),
 }
+# Flags of a run that make it no other variant: what it writes, and how long it goes on.
+NOT_LEARNING = ("total-timesteps", "eval-frequency", "eval-episodes", "checkpoint-frequency")
+NOT_LEARNING += ("save-model", "track", "capture-video", "wandb-project-name", "wandb-entity")
 SAC = {task: mean for task, (mean, _) in zip(TASKS, PAPER["SAC"], strict=True)}
 
 
@@ -222,10 +225,41 @@ Seeds = dict[int, dict[int, float]]  # seed, step: value
 Curves = dict[str, dict[str, Seeds]]  # environment, variant
 
 
-def split_flags(flags: str) -> list[str]:
-    """["--ell -0.1", "--save-model"] of "--ell -0.1 --save-model"."""
+def split_flags(flags: str) -> dict[str, str]:
+    """{"ell": "--ell -0.1", "track": "--no-track"} of "--ell -0.1 --no-track"."""
     parts = re.split(r"(?:^|\s)(?=--)", flags)
-    return [part.strip() for part in parts if part.strip()]
+    texts = [part.strip() for part in parts if part.strip()]
+    return {text.split()[0].removeprefix("--").removeprefix("no-"): text for text in texts}
+
+
+def default_flag(script: str, flag: str) -> str:
+    """`flag` as a run has it that was not given it; "" if the script is not here to be read."""
+    path = find_script(script)
+    defaults = read_defaults(path) if path else {}
+    name = flag.replace("-", "_")
+    if name not in defaults:
+        return ""
+    if isinstance(defaults[name], bool):
+        return f"--{flag}" if defaults[name] else f"--no-{flag}"
+    return f"--{flag} {defaults[name]}"
+
+
+def variant_flags(rows: list[Evaluation]) -> dict[str, list[str]]:
+    """{flags of a run: those to name its variant by}, of runs of one script in one environment.
+
+    That is each flag in which the runs differ and which changes what is learned.
+    """
+    flag_sets = {row.flags: split_flags(row.flags) for row in rows}
+    differing = []
+    for flag in sorted({flag for flags in flag_sets.values() for flag in flags}):
+        values = {flags.get(flag) for flags in flag_sets.values()}
+        if len(values) > 1 and flag not in NOT_LEARNING:
+            differing.append(flag)
+    names = {}
+    for text, flags in flag_sets.items():
+        values = [flags.get(flag) or default_flag(rows[0].script, flag) for flag in differing]
+        names[text] = [value for value in values if value]
+    return names
 
 
 def task_order(env_id: str) -> tuple[int, str]:
@@ -238,14 +272,13 @@ def group(rows: list[Evaluation]) -> Curves:
     curves = {}
     for env_id in sorted({row.env_id for row in rows}, key=task_order):
         ours = [row for row in rows if row.env_id == env_id]
-        flag_sets = defaultdict(list)
+        by_script = defaultdict(list)
         for row in ours:
-            flag_sets[row.script].append(set(split_flags(row.flags)))
-        shared = {script: set.intersection(*sets) for script, sets in flag_sets.items()}
+            by_script[row.script].append(row)
+        names = {script: variant_flags(script_rows) for script, script_rows in by_script.items()}
         variants = defaultdict(lambda: defaultdict(dict))
         for row in ours:
-            own_flags = [flag for flag in split_flags(row.flags) if flag not in shared[row.script]]
-            name = " ".join([row.script, *own_flags])
+            name = " ".join([row.script, *names[row.script][row.flags]])
             variants[name][row.seed][row.step] = row.value
         curves[env_id] = {name: dict(variants[name]) for name in sorted(variants)}
     return curves

@@ -560,7 +560,21 @@ def test_scripts_that_run_with_one_set_of_flags_each_go_by_their_names():
     rows += evaluations("sac", flags="--buffer-size 5", s1=[3])
     rows += evaluations("td3", flags="--tau 0.1", s1=[4]) + evaluations("td3", flags="", s1=[5])
     names = list(plot.group(rows)["Hopper-v5"])
-    assert names == ["gempo_neg", "sac", "td3", "td3 --tau 0.1"]
+    assert names == ["gempo_neg", "sac", "td3 --tau 0.005", "td3 --tau 0.1"]
+
+
+def test_a_variant_is_named_by_its_defaults_too_and_not_by_flags_that_change_no_learning():
+    rows = evaluations(flags="--eval-frequency 5", s1=[1])
+    rows += evaluations(flags="--total-timesteps 9 --checkpoint-frequency 2", s2=[2])
+    rows += evaluations("sac", flags="--track", s1=[3]) + evaluations("sac", flags="", s2=[4])
+    rows += evaluations("gempo_exp", flags="--diffusion-steps 5", s1=[5])
+    rows += evaluations("gempo_exp", flags="--no-save-model", s1=[6])
+    rows += evaluations("other", flags="--depth 2", s1=[7]) + evaluations("other", flags="", s1=[8])
+    variants = plot.group(rows)["Hopper-v5"]
+    expected = ["gempo_exp --diffusion-steps 20", "gempo_exp --diffusion-steps 5", "gempo_neg"]
+    assert list(variants) == [*expected, "other", "other --depth 2", "sac"]
+    assert list(variants["gempo_neg"]) == [1, 2]
+    assert list(variants["sac"]) == [1, 2]
 
 
 def test_a_curve_is_the_interquartile_mean_as_far_as_all_seeds_go():
