@@ -22,7 +22,7 @@ wait in runs/cache for later runs with the same data and flags.
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
 - data: --data-path FILE.tsv.gz; without it, sequences are generated whose activity is known exactly
 - reward: edit `compute_reward`
-- weights of the samples: edit `zscore_weights`
+- weights of the samples: a branch in `zscore_weights`, and its name in `Args.weighting`
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
@@ -31,7 +31,7 @@ as if it had never stopped, on the same machine, as long as this file and the fi
 name have not changed. Only the fine-tuning has checkpoints: a pretraining that was stopped begins
 again, one that was done is in the cache.
 
-Shapes: B sequences, or G groups of n; L letters of a sequence; M motifs.
+Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
 """
 
 import csv
@@ -81,7 +81,9 @@ class Args:
     split_column: str | None = None  # data_path: rows with the same entry here share an oracle
     sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # a denoiser to start from; the next six flags have no effect
+    denoiser_path: str | None = (
+        None  # a denoiser to start from; the next seven flags do nothing then
+    )
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 2_000  # updates of the pretraining
@@ -92,10 +94,10 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # authors' DNA code or theory: REWEIGHTING
-    ell: float = -0.3  # floor of neg, at most 0; each normalizer has its own unit: see REWEIGHTING
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # as in the authors' DNA code; or in theory
+    ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in mean weights
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
-    target_kl: float = 1.5  # KL divergence of the weights from uniform, in nats; simplex only
+    target_kl: float = 1.5  # KL of the weights from uniform, in nats; 0: uniform; simplex only
     num_updates: int = 100  # updates of the fine-tuning
     num_groups: int = 4  # groups per update (G)
     group_size: int = 32  # sequences per group, weighted against each other (n)
@@ -169,11 +171,11 @@ MASK = 4  # the token of a masked letter
 
 
 class Data(NamedTuple):
-    """Sequences with their measured activity in log2 units."""
+    """Sequences with their measured activity: log2 of RNA per DNA in the paper's data."""
 
     tokens: np.ndarray  # (N, L) uint8
     activity: np.ndarray  # (N,) float32
-    is_eval_half: np.ndarray  # (N,) bool: the evaluation oracle learns from it, else the reward's
+    is_eval_half: np.ndarray  # (N,) bool: True: for the evaluation oracle; False: for the reward's
 
 
 def encode(sequences: list[str]) -> np.ndarray:
@@ -200,8 +202,8 @@ def read_data(args: Args) -> Data:
     """The sequences of the CSV or TSV file --data-path; prints how many, and how many are left out.
 
     Rows with the same entry in --split-column, or without one a sequence and its reverse
-    complement, are in the same half, which is drawn. Variants of a sequence need --split-column,
-    or the oracles learn from the same ones. Exits with one line if the file is of no use.
+    complement, are in the same half, which is drawn. Without --split-column, mutants of one sequence
+    could come into both halves. Exits with one line if the file is of no use.
     """
     path = pathlib.Path(args.data_path)
     open_text = gzip.open if path.suffix == ".gz" else open
@@ -402,7 +404,10 @@ class Oracle(nn.Module):
 
 
 class Model(struct.PyTreeNode):
-    """A network with its parameters, called like a function; jax.grad by it is by the parameters."""
+    """A network with its parameters, called like a function.
+
+    To JAX it is the tree of its parameters: jax.grad by a model gives their gradient.
+    """
 
     params: Any
     network: nn.Module = struct.field(pytree_node=False)
@@ -424,7 +429,7 @@ def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
 
 
 # =========================================== DIFFUSION ===========================================
-T_MIN = 1e-5  # smallest time
+T_MIN = 1e-5  # smallest time: the loss has the factor 1/t
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
@@ -466,8 +471,10 @@ def sample_sequences(denoiser: Model, key, num_samples: int, num_steps: int, len
 
     def denoising_step(x, step):
         lift_chance, key = step
-        # One uniform number u decides whether a mask is lifted and which letter is under it: the
-        # number of limits below u is the letter's token, or 4, MASK, above the last: not lifted.
+        # One uniform number u decides whether a mask is lifted and which letter is under it. With
+        # the chances p of the letters, (0, 1) is cut into pieces of lengths lift_chance * p[0], ...,
+        # lift_chance * p[3] and 1 - lift_chance; the number of the piece that u is in, which is the
+        # number of limits below u, is the letter's token, or 4, MASK: not lifted.
         limits = lift_chance * jnp.cumsum(nn.softmax(denoiser(x)), axis=-1)
         u = jax.random.uniform(key, x.shape)
         drawn = jnp.sum(u[..., None] > limits, axis=-1, dtype=x.dtype)
@@ -502,6 +509,7 @@ def make_schedule(settings: FitSettings) -> optax.Schedule:
 def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, seed: int) -> Model:
     """The model after steps of Adam on loss(model, batch, key), a batch being rows of `data`.
 
+    The gradient is clipped to a norm of 1.
     Exits with one line if the loss is not finite in the end.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(make_schedule(settings)))
@@ -655,27 +663,33 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
 # A weighting gives the samples of a group weights that rise with their rewards r. The weights are
 # constants in the loss: no gradient flows through them. Two normalizers scale them.
 #
-# zscore, as the authors' code for DNA does, with z = (r - mean) / std inside the group:
+# zscore is what the authors' code for DNA does, with z = (r - mean) / std inside the group:
 #
 #     linear  clip(z, 0, 3)
 #     square  max(z, 0)^2                      the authors cap the others at 3, not this one
 #     neg     clip(z, ell, 3)
-#     exp     softmax(r / exp_temperature)     no z-score: of the rewards as they are, as in RL-D2
-#     wd1     softmax(r) - softmax(-r)         no z-score in the authors' code, but in the paper
 #
-# simplex, as the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over the
-# group, with y = (r - nu) / lambda, nu such that they do, and lambda tuned to --target-kl (Appendix
-# F):
+# and, without a z-score, of the rewards as they are:
+#
+#     exp     softmax(r / exp_temperature)     simplex's exp with lambda fixed
+#     wd1     softmax(r) - softmax(-r)         the paper has z here, the authors' code r
+#
+# simplex is what the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over
+# the group, with y = (r - nu) / lambda, and nu such that they do:
 #
 #     linear  max(y, 0)
 #     square  max(y, 0)^2
 #     neg     max(y, ell / n)
 #     exp     exp(y)
 #
+# lambda has the unit of the rewards; a larger one makes the weights more equal. It is tuned until
+# their KL divergence from uniform weights is --target-kl (Appendix F): at 1.5 nats they are as far
+# from uniform as equal weights on e^-1.5, 22%, of the group and 0 on all others.
+#
 # ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
 # reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
 # weights. In simplex it is in mean weights, as in the RL scripts: at -0.3 the lowest is -0.3 of them.
-# 0 is linear. Tried in zscore: -0.05 to -0.5 (benchmark/DNA.md).
+# 0 is linear. Tried in zscore: -0.05 to -0.5, of which the lowest did best (benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. Nothing
 # bounds that from below and no KL term holds the model near the pretrained one; what restrains it
@@ -723,11 +737,12 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
     raise ValueError(f"simplex_weights does not know {args.weighting}")
 
 
-# The functions of simplex are those of gempo_{exp,square,neg}.py word for word. Their names: q are
-# the rewards, temp is lambda, N is n. In solve_normalizer_*, ranks go down from the best reward, and
-# k is the number of active samples, those above the floor. Sample k is active if, with nu so low that
-# its own weight just sits on the floor, the weights do not yet sum to more than one. For that, with
-# x_1 >= x_2 >= ... the sorted rewards and all others at the floor:
+# The functions of simplex are the same in the RL scripts, gempo_{exp,square,neg}.py, where q are
+# action values. Here q are the rewards, temp is lambda, and N, B are n, G. In solve_normalizer_*,
+# ranks go down from the best reward, and k is the number of active samples, those above the floor.
+# Sample k is active if, with nu so low that its own weight just sits on the floor, the weights do not
+# yet sum to more than one. For that, with x_1 >= x_2 >= ... the sorted rewards and all others at the
+# floor:
 #
 #     neg     excess_k = sum_{i<=k} (x_i - x_k)          is at most lambda (1 - ell)
 #     square  excess_k = sum_{i<=k} (z_i - z_k)^2        is at most 1, with z = x / lambda
@@ -805,7 +820,9 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 
 
 # ========================================== FINE-TUNING ==========================================
-LAMBDA_OPTIMIZER = optax.adam(0.03)  # of log lambda, in simplex
+# Of log lambda, in simplex. Adam moves it by about the rate, 0.03, an update: from lambda = 1 a
+# hundred updates reach 0.05 to 20, which suits rewards whose std in a group is near 1.
+LAMBDA_OPTIMIZER = optax.adam(0.03)
 
 
 class State(NamedTuple):
@@ -832,8 +849,9 @@ def create_state(args: Args, denoiser: Model) -> State:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
-    Adam does not see the scale of the weights, but the clip does: over a group of n, linear, square
-    and neg of zscore sum to a share of n (0.27 n in neg, ell = -0.3), all others to one or less.
+    Adam does not see the scale of the weights, but the clip does. Over a group of n the weights sum
+    to one or less, but for linear, square and neg of zscore: there it is a share of n, such as 0.27 n
+    for neg at ell = -0.3, so that its gradient is larger.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
@@ -897,6 +915,8 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
 
         # 2. Reward each sequence.
         rewards = jnp.asarray(compute_reward(tokens, setup), jnp.float32)  # (G n,)
+        if rewards.shape != (num_samples,) or not np.isfinite(rewards).all():
+            raise SystemExit(f"compute_reward must give {num_samples} finite numbers")
 
         # 3. Weigh the sequences of a group against each other.
         simplex_lambda = jnp.exp(state.log_lambda)
@@ -1145,7 +1165,8 @@ def parse_args(args_class: type = Args) -> Args:
 
     baselines/dna_guidance.py imports this file, and has a class of flags of its own.
     """
-    preset = tyro.cli(args_class).preset
+    known, _ = tyro.cli(args_class, add_help=False, return_unknown_args=True)
+    preset = known.preset
     return tyro.cli(args_class, default=args_class(preset=preset, **PRESETS[preset]))
 
 

@@ -828,18 +828,30 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(script, tmp_path, monk
 
 
 def test_divergence_ends_in_one_line(inside, monkeypatch):
-    compute_reward, calls = dna.compute_reward, []
+    learn, calls = dna.learn, []
 
-    def diverging(tokens, setup):
+    def diverging(*args):
         calls.append(0)
-        return compute_reward(tokens, setup) * (math.nan if len(calls) == 3 else 1.0)
+        denoiser, opt_state, metrics = learn(*args)
+        if len(calls) == 3:
+            metrics["losses/weighted_loss"] = math.nan
+        return denoiser, opt_state, metrics
 
-    monkeypatch.setattr(dna, "compute_reward", diverging)
+    monkeypatch.setattr(dna, "learn", diverging)
     args = dna.Args(**TINY, exp_name="diverged", checkpoint_frequency=2)
     message = error_line(dna.main, args)
-    assert re.search(r"__diverged__\S+ stopped: \S+ is nan in update 3$", message)
+    assert re.search(r"__diverged__\S+ stopped: losses/weighted_loss is nan in update 3$", message)
     _, leaves = dna.load_checkpoint(str(find_run(inside, "diverged")))
     assert leaves[0] == 2
+
+
+@pytest.mark.parametrize("bad", [np.full(64, np.nan), np.zeros(63), 1.0])
+def test_a_reward_of_no_use_ends_in_one_line(setup, monkeypatch, bad):
+    monkeypatch.setattr(dna, "compute_reward", lambda tokens, setup: bad)
+    args = dna.Args(**TINY)
+    state = dna.create_state(args, setup.denoiser)
+    message = error_line(dna.finetune, args, setup, state, NoRun())
+    assert message == "compute_reward must give 64 finite numbers"
 
 
 def test_the_file_alone_reads_a_file_of_data(inside, setup, monkeypatch):
@@ -886,8 +898,8 @@ def test_flags_out_of_range_end_in_one_line(message):
     assert error_line(dna.check_args, dna.Args(**REFUSED[message])).startswith(message)
 
 
-def test_presets(monkeypatch):
-    """The authors' sizes; other flags override them."""
+def test_presets(monkeypatch, capsys):
+    """The authors' sizes; other flags override them. --help shows the preset's."""
     for preset in dna.PRESETS.values():
         dna.check_args(dna.Args(**preset))
     monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--preset", "paper", "--num-updates", "7"])
@@ -902,6 +914,10 @@ def test_presets(monkeypatch):
     # 128 x 128 make of them: a bias is left of each.
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert num_params == 3_326_661 - (64 + 129 * 128) - 20 * 128 * 128
+    monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--preset", "paper", "--help"])
+    with pytest.raises(SystemExit):
+        dna.parse_args()
+    assert "(default: 131500)" in capsys.readouterr().out
 
 
 # -------------------------------------------- pictures --------------------------------------------
