@@ -52,6 +52,8 @@ def read_run(folder: pathlib.Path) -> list[dict]:
     name = args.get("method", args["weighting"])
     if name == "neg":
         name = f"neg({args['ell']:g})"
+    if args.get("normalizer") == "simplex":
+        name += ", simplex"
     flags = [f"{flag}={value}" for flag, value in args.items() if flag not in OWN]
     before = {"name": "pretrained", "seed": args["seed"], "flags": ""} | metrics["pretrained"]
     after = {"name": name, "seed": args["seed"], "flags": " ".join(flags)} | metrics["finetuned"]
