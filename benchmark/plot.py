@@ -51,6 +51,7 @@ PAPER = {
 # Flags of a run that make it no other variant: what it writes, and how long it goes on.
 NOT_LEARNING = ("total-timesteps", "eval-frequency", "eval-episodes", "checkpoint-frequency")
 NOT_LEARNING += ("save-model", "track", "capture-video", "wandb-project-name", "wandb-entity")
+ALWAYS_NAMED = ("ell",)  # where a run was given it: it makes gempo_neg.py what it is
 SAC = {task: mean for task, (mean, _) in zip(TASKS, PAPER["SAC"], strict=True)}
 
 
@@ -247,13 +248,13 @@ def default_flag(script: str, flag: str) -> str:
 def variant_flags(rows: list[Evaluation]) -> dict[str, list[str]]:
     """{flags of a run: those to name its variant by}, of runs of one script in one environment.
 
-    That is each flag in which the runs differ and which changes what is learned.
+    That is each flag in which the runs differ and which changes what is learned; and ALWAYS_NAMED.
     """
     flag_sets = {row.flags: split_flags(row.flags) for row in rows}
     differing = []
     for flag in sorted({flag for flags in flag_sets.values() for flag in flags}):
         values = {flags.get(flag) for flags in flag_sets.values()}
-        if len(values) > 1 and flag not in NOT_LEARNING:
+        if flag in ALWAYS_NAMED or len(values) > 1 and flag not in NOT_LEARNING:
             differing.append(flag)
     names = {}
     for text, flags in flag_sets.items():
