@@ -97,8 +97,8 @@ class Args:
     normalizer: Literal["zscore", "simplex"] = "zscore"  # as in the authors' DNA code; or in theory
     ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in mean weights
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
-    target_kl: float = 1.5  # KL of the weights from uniform, in nats; 0: uniform; simplex only
-    num_updates: int = 100  # updates of the fine-tuning
+    target_kl: float = 1.5  # KL of the weights from uniform, in nats; simplex only
+    num_updates: int = 200  # updates of the fine-tuning
     num_groups: int = 4  # groups per update (G)
     group_size: int = 32  # sequences per group, weighted against each other (n)
     times_per_sample: int = 4  # random times t at which an update denoises each sequence
@@ -652,9 +652,9 @@ def prepare(args: Args) -> Setup:
 def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
-    Put your own here: any Python that returns B finite numbers; no gradient is taken of it.
-    `decode(tokens)` gives the sequences as strings. Both oracles are still trained, and
-    predicted_activity stays what the evaluation oracle says.
+    Put your own here: any Python that returns B finite numbers (B varies from call to call); no
+    gradient is taken of it. `decode(tokens)` gives the sequences as strings. Both oracles are still
+    trained, on measured activities, and predicted_activity stays what the evaluation oracle says.
     """
     return predict(setup.reward_oracle, tokens)
 
@@ -669,7 +669,7 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
 #     square  max(z, 0)^2                      the authors cap the others at 3, not this one
 #     neg     clip(z, ell, 3)
 #
-# and, without a z-score, of the rewards as they are:
+# and, without a z-score in spite of the name, of the rewards as they are:
 #
 #     exp     softmax(r / exp_temperature)     simplex's exp with lambda fixed
 #     wd1     softmax(r) - softmax(-r)         the paper has z here, the authors' code r
@@ -682,21 +682,23 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
 #     neg     max(y, ell / n)
 #     exp     exp(y)
 #
-# lambda has the unit of the rewards; a larger one makes the weights more equal. It is tuned until
-# their KL divergence from uniform weights is --target-kl (Appendix F): at 1.5 nats they are as far
-# from uniform as equal weights on e^-1.5, 22%, of the group and 0 on all others.
+# lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves all
+# groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
+# --target-kl (Appendix F; negative weights count as 0). With 1.5 nats they are as far from uniform as
+# equal weights on e^-1.5, 22%, of the group and 0 on all others.
 #
 # ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
 # reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
 # weights. In simplex it is in mean weights, as in the RL scripts: at -0.3 the lowest is -0.3 of them.
-# 0 is linear. Tried in zscore: -0.05 to -0.5, of which the lowest did best (benchmark/DNA.md).
+# 0 is linear. The default is the best one of the paper; of -0.05 to -0.5, tried in zscore, -0.5 did
+# best here (benchmark/DNA.md).
 #
-# A negative weight pushes the model away from a sequence: its denoising loss is raised. Nothing
-# bounds that from below and no KL term holds the model near the pretrained one; what restrains it
-# is the floor on the weights, the learning rate and the small number of updates.
+# A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
+# loss then has no lower bound, and no KL term holds the model near the pretrained one; what
+# restrains it is the floor on the weights, the learning rate and the small number of updates.
 #
-# To add a weighting: a branch in zscore_weights, and its name in Args.weighting; for --normalizer
-# simplex, a branch in simplex_weights, too.
+# To add a weighting: a branch in zscore_weights that returns weights (G, n), and its name in
+# Args.weighting; for --normalizer simplex, a branch in simplex_weights, too.
 
 
 def compute_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
@@ -740,9 +742,8 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
 # The functions of simplex are the same in the RL scripts, gempo_{exp,square,neg}.py, where q are
 # action values. Here q are the rewards, temp is lambda, and N, B are n, G. In solve_normalizer_*,
 # ranks go down from the best reward, and k is the number of active samples, those above the floor.
-# Sample k is active if, with nu so low that its own weight just sits on the floor, the weights do not
-# yet sum to more than one. For that, with x_1 >= x_2 >= ... the sorted rewards and all others at the
-# floor:
+# Sample k is active if, with nu such that its own weight just sits on the floor, and so all lower
+# ones, the weights sum to at most one. For that, with x_1 >= x_2 >= ... the sorted rewards:
 #
 #     neg     excess_k = sum_{i<=k} (x_i - x_k)          is at most lambda (1 - ell)
 #     square  excess_k = sum_{i<=k} (z_i - z_k)^2        is at most 1, with z = x / lambda
@@ -849,9 +850,9 @@ def create_state(args: Args, denoiser: Model) -> State:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
-    Adam does not see the scale of the weights, but the clip does. Over a group of n the weights sum
-    to one or less, but for linear, square and neg of zscore: there it is a share of n, such as 0.27 n
-    for neg at ell = -0.3, so that its gradient is larger.
+    Adam does not see a constant scale of the weights, but the clip does. For linear, square and neg of
+    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3); for all others
+    it is one or less.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
