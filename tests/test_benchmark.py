@@ -913,8 +913,9 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert capsys.readouterr().out.splitlines() == table
 
 
-def test_the_committed_dna_results_make_the_table_of_the_document(capsys):
-    dna_table.main(dna_table.Args((ROOT / "benchmark/results/dna/metrics.csv",)))
+@pytest.mark.parametrize("name", ["metrics", "metrics_9cab2ff"])
+def test_the_committed_dna_results_make_the_tables_of_the_document(name, capsys):
+    dna_table.main(dna_table.Args((ROOT / f"benchmark/results/dna/{name}.csv",)))
     assert capsys.readouterr().out in (ROOT / "benchmark/DNA.md").read_text()
 
 

@@ -306,11 +306,11 @@ def test_a_piped_run_prints_lines_of_its_own_and_no_other(alone, name):
     first, *others = output.splitlines()
     path = only_run(folder).relative_to(folder)
     assert re.fullmatch(rf"InvertedPendulum-v5 on .+: tensorboard --logdir {path}", first)
-    progress = r"step (\d+) of 220, return [\d.]+, evaluation [\d.]+, \S+ steps/s, [\d:]+ left"
+    scores = r"(, return [\d.]+)?(, evaluation [\d.]+)?"  # not yet, where a busy machine takes 30 s
+    progress = rf"step (\d+) of 220{scores}(, \S+ steps/s, [\d:]+ left)?"
     shown = [re.fullmatch(progress, line) for line in others]
     assert all(shown), output
-    steps = [int(line[1]) for line in shown]
-    assert set(steps) >= {80, 120, 160, 200}  # at each evaluation
+    assert {80, 120, 160, 200} <= {int(line[1]) for line in shown if line[2] and line[3]}
 
 
 def test_a_run_on_a_terminal_shows_a_bar_with_the_same(alone):
