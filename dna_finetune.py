@@ -635,6 +635,8 @@ class Setup(NamedTuple):
 
 def prepare(args: Args) -> Setup:
     """Data, pretrained denoiser and oracles."""
+    # A folder that cannot be made ends the run here, not after minutes of training.
+    pathlib.Path(args.cache_path).mkdir(parents=True, exist_ok=True)
     if args.data_path:
         data = read_data(args)
     else:
