@@ -148,18 +148,25 @@ def read_folder(folder: pathlib.Path, args: Args) -> list[Evaluation]:
         for name, entry in read_index(index).items():
             entries[(index.parent / name).resolve()] = entry
     runs = {path.parent.resolve() for path in folder.rglob("events.out.tfevents.*")}
-    newest = {}  # a newer run replaces an older one
+    rows = []
     for run in sorted(runs, key=lambda run: run.name.rpartition("__")[2]):  # by time
         entry = entries.get(run.parent.parent)  # {folder}/runs/{run}
-        rows = read_run(run, entry, args)
-        if not rows:
-            continue
-        key = (rows[0].script, rows[0].env_id, rows[0].seed, rows[0].flags)
-        if key in newest:
-            what = "an older run of the same script, environment, seed and flags"
-            print(f"{run.name} replaces {what}", file=sys.stderr)
-        newest[key] = rows
-    return [row for rows in newest.values() for row in rows]
+        rows = replace_runs(rows, read_run(run, entry, args), run.name)
+    return rows
+
+
+def replace_runs(old: list[Evaluation], new: list[Evaluation], origin) -> list[Evaluation]:
+    """`old` and `new`, read from `origin`; runs that both have, as `new` has them."""
+
+    def run_of(row):
+        return row.script, row.env_id, row.seed, row.flags
+
+    new_runs = {run_of(row) for row in new}
+    kept = [row for row in old if run_of(row) not in new_runs]
+    if len(kept) < len(old):
+        what = "an older run of the same script, environment, seed and flags"
+        print(f"{origin} replaces {what}", file=sys.stderr)
+    return kept + new
 
 
 def read_csv(path: pathlib.Path) -> list[Evaluation]:
@@ -474,7 +481,8 @@ def main(args: Args) -> None:
     check_args(args)
     rows = []
     for path in args.paths:
-        rows += read_csv(path) if path.suffix == ".csv" else read_folder(path, args)
+        new = read_csv(path) if path.suffix == ".csv" else read_folder(path, args)
+        rows = replace_runs(rows, new, path)
     if not rows:
         given = " ".join(str(path) for path in args.paths)
         raise SystemExit(f"paths must hold evaluations (the tag {args.tag}), got {given}")

@@ -644,6 +644,9 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     assert (figures / "Hopper-v5.png").stat().st_size > 5_000
     plot.main(plot.Args(paths=(table,)))
     assert capsys.readouterr().out == first.out
+    before = table.read_text()
+    plot.main(plot.Args(paths=(table, runs), to_csv=table, **origin))  # no row is there twice
+    assert table.read_text() == before
     plot.main(plot.Args(paths=(runs,), tag="charts/speed", last=1))
     assert "| -2.1 (1) |" in capsys.readouterr().out
 
@@ -657,10 +660,12 @@ def test_what_a_resumed_run_tells_again_counts(tmp_path):
     assert hyperparameters == {"exp_name": "gempo_neg", "tau": "0.5"}
 
 
-def test_committed_results_have_the_columns_and_are_plotted(capsys):
+def test_committed_results_have_the_columns_no_row_twice_and_are_plotted(capsys):
     paths = sorted((ROOT / "benchmark" / "results").glob("*.csv"))
     assert paths
     for path in paths:
+        places = [row._replace(value=0.0) for row in plot.read_csv(path)]
+        assert len(set(places)) == len(places), path
         plot.main(plot.Args(paths=(path,), resamples=20))
     assert "InvertedPendulum-v5" in capsys.readouterr().out
 
