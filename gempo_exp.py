@@ -18,8 +18,7 @@ This is the KL-regularized policy improvement of DPMD and advantage-weighted reg
 are softmax(q / lambda). They concentrate on the best few of the N actions: greedy where Q is right
 about them, quick to collapse where it is not.
 
-lambda, the temperature, is adapted so that the (positive part of the) weights keeps a given KL
-divergence from uniform ones.
+lambda, the temperature, is adapted to keep the weights at a given KL divergence from uniform ones.
 The critics learn by temporal differences, as in SAC and TD3, without an entropy term.
 
 Usage: `python gempo_exp.py --env-id Hopper-v5`, or `--help`. The siblings gempo_linear.py,
@@ -57,7 +56,7 @@ from flax import struct
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 # =========================================== ARGUMENTS ===========================================
@@ -130,6 +129,8 @@ def check_args(args: Args) -> None:
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    is_file_name = not set(args.exp_name) & set("/\\:")
+    require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("gamma", "tau"):
@@ -259,7 +260,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of all layers but the first
+    dot: Any = jax.lax.dot_general  # the product of hidden_1, hidden_2, output
 
     def setup(self):
         width = self.hidden_dim
@@ -570,12 +571,12 @@ def bfloat16_dot(x: jax.Array, w: jax.Array, dims, **_) -> jax.Array:
 
 
 def draw_particles(agent: Agent, obs: jax.Array, key: jax.Array, noise_key: jax.Array) -> jax.Array:
-    """N actions of pi_old at each state, plus Gaussian noise: (B, N, d) (Algorithm 1).
+    """N actions of pi_old at each state, plus Gaussian noise (Table 4): (B, N, d).
 
     They may leave [-1, 1]; the critics extrapolate there (released code).
 
-    All layers but the first take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies
-    faster; the added noise (at its default) drowns the rounding.
+    The hidden and output layers take bfloat16 inputs here, which a GPU or a CPU with AMX multiplies
+    faster (not the first layer and the features); the added noise (at its default) drowns the rounding.
     """
     args = agent.args
     actor = agent.actor.clone(dot=bfloat16_dot)
@@ -598,7 +599,7 @@ def actor_loss(params, actor: Actor, obs, particles, weights, key, loss_clip: fl
     x_t, t, eps = add_noise(key, particles)
     eps_hat = actor.apply(params, x_t, t, obs[:, None])
     # Clipped before it is weighted: past the clip there is no gradient, so that a negative weight
-    # stops pushing (and a positive one pulling).
+    # stops pushing (and a positive one pulling). The clip is the released code's.
     errors = jnp.minimum((eps_hat - eps) ** 2, loss_clip)
     return jnp.mean(weights.shape[-1] * weights[..., None] * errors)
 
@@ -622,7 +623,7 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
     args = agent.args
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
 
-    # Algorithm 1: value the next states, draw particles from pi_old, value and weigh them.
+    # Value the next states; draw particles from pi_old, value and weigh them (Algorithm 1).
     targets = td_targets(agent, batch, next_key)
     particles = draw_particles(agent, batch.obs, particle_key, noise_key)  # (B, N, d)
     critic_params, log_lambda = agent.params["critic"], agent.params["log_lambda"]
@@ -660,10 +661,10 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
 def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
     """The agent with new parameters, which the target critics and, at times, pi_old follow."""
     num_updates = agent.num_updates + 1
-    is_due = num_updates % agent.args.old_policy_interval == 0  # a hard copy to pi_old
+    is_copied = num_updates % agent.args.old_policy_interval == 0  # to pi_old, whole
     old, target = agent.slow_params["actor"], agent.slow_params["critic"]
     slow_params = {
-        "actor": jax.tree.map(partial(jnp.where, is_due), params["actor"], old),
+        "actor": jax.tree.map(partial(jnp.where, is_copied), params["actor"], old),
         "critic": optax.incremental_update(params["critic"], target, agent.args.tau),
     }
     return agent.replace(
@@ -872,7 +873,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
 
 def main(args: Args) -> Agent:
     """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
-    args, state = load_state(args) if args.resume else (args, create_state(args))
+    args, state = (args, create_state(args)) if args.resume is None else load_state(args)
     with RunFolder(args, state.step) as run:
         agent = train(args, state, run)
     if run.stop_signal:
@@ -901,8 +902,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)  # it follows only writers made after it
-            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+            start_tracking(args, self.path.name)
+            # Found in its module only now: wandb, to follow it, has put another class in its place.
+            self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
             raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
@@ -934,6 +936,7 @@ class RunFolder:
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
+            stop_tracking(self.args)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; a second one ends the process without more ado."""
@@ -1124,6 +1127,7 @@ def load_state(args: Args) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
     is_alone = args == Args(resume=args.resume)
     require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    require(args, "resume", os.path.isdir(args.resume), "the folder of a run")
     content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
         raise SystemExit(
@@ -1195,13 +1199,16 @@ def find_file(path: pathlib.Path) -> pathlib.Path:
 def write_file(path: pathlib.Path, content: dict) -> None:
     """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
-            pickle.dump(content, gzip_file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+            with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+                pickle.dump(content, gzip_file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def lock_folder(folder: pathlib.Path):
@@ -1221,9 +1228,11 @@ def lock_folder(folder: pathlib.Path):
 
 def start_tracking(args: Args, name: str) -> None:
     """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
-    if args.track:
-        import wandb
+    if not args.track:
+        return
+    import wandb
 
+    try:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
@@ -1234,6 +1243,16 @@ def start_tracking(args: Args, name: str) -> None:
             save_code=True,
             resume="allow",
         )
+    except Exception as error:  # of any kind: no login, no network, no such entity
+        raise SystemExit(f"--track fails: {one_line(error)}") from None
+
+
+def stop_tracking(args: Args) -> None:
+    """With --track, end the run: another one in this process begins its own."""
+    if args.track:
+        import wandb
+
+        wandb.finish()
 
 
 def hyperparameters_table(args: Args) -> str:
@@ -1251,8 +1270,8 @@ def choose_renderer(args: Args) -> None:
 
 
 def one_line(error) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+    """An error's text without line breaks; its name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

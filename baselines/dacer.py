@@ -18,9 +18,9 @@ holds an estimate of the policy's entropy at a target. The critics are those of 
     y_z  = 0.2 r + gamma (1 - terminated) (mean'_j + std'_j clip(xi_j, -3, 3)), a draw of the return
     critics, at every update: sum over j of the mean of
            rho_j (h(mean_j - y) + std_j (v_j^2 - h(m_j - yb_j)) / (v_j + 0.1))
-           with m_j = sg(mean_j), v_j = sg(std_j), yb_j = m_j + clip(y_z - m_j, -3 om, 3 om),
-           rho_j = clip(om^2 / (v_j^2 + 0.1), 0.1, 10), om an average of std that moves by tau and
-           starts at 1, h Huber's loss (e^2/2 up to 50)
+           with m_j = sg(mean_j), v_j = sg(std_j), yb_j = m_j + clip(y_z - m_j, -3 omega,
+           3 omega), rho_j = clip(omega^2 / (v_j^2 + 0.1), 0.1, 10), omega an average of std that
+           moves by tau and starts at 1, h Huber's loss (e^2/2 up to 50)
     actor, at every second one: -mean min_j mean_j(s, f(x_T, s))
     log alpha, at every 10,000th: log alpha (H - Hbar),  Hbar = -0.9 d nats
 
@@ -32,8 +32,8 @@ noise of the sampler's steps but not the added one. There is no temperature.
 Settings: those of github.com/typoverflow/flow-rl, from which the DACER row of GeMPO's Table 2 most
 likely comes, but j is chosen by row: there argmin is taken of min_j mean'_j, which compares the
 first rows of the batch and gives all rows the same j. As there, std settles where std^2 is half the
-mean squared error (the half of h): 0.68 for a unit normal, clipped at 3 om. The authors' code
-differs: rho and the std term in another form, which settles near the whole, om by critic, noise
+mean squared error (the half of h): 0.68 for a unit normal, clipped at 3 omega. The authors' code
+differs: rho and the std term in another form, which settles near the whole, omega by critic, noise
 inside the actor's loss, target critics that follow at every second update, critics 3x256 Mish, the
 betas of the linear VP schedule. All losses are computed at the parameters before the update.
 
@@ -72,7 +72,7 @@ from flax import struct
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 # =========================================== ARGUMENTS ===========================================
@@ -139,6 +139,8 @@ def check_args(args: Args) -> None:
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    is_file_name = not set(args.exp_name) & set("/\\:")
+    require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("gamma", "tau"):
@@ -262,7 +264,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of all layers but the first
+    dot: Any = jax.lax.dot_general  # the product of hidden_1, hidden_2, output
 
     def setup(self):
         width = self.hidden_dim
@@ -543,7 +545,7 @@ class Agent(struct.PyTreeNode):
     """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
 
     params: dict  # "actor", "critic" and "log_alpha", the logarithm of the added noise's size
-    slow_params: dict  # "critic": the targets; "std": om; "actor", "log_alpha": their last metrics
+    slow_params: dict  # "critic": the targets; "std": omega; "{part}_metrics": of its last step
     opt_state: dict  # by part of the parameters
     num_updates: jax.Array
     args: Hyperparameters = struct.field(pytree_node=False)
@@ -582,8 +584,11 @@ def create_agent(args: Args, obs_dim: int, action_dim: int, key: jax.Array) -> A
         "critic": jax.tree.map(jnp.copy, params["critic"]),  # train_step cannot donate one twice
         "std": jnp.ones(()),
         # What was logged of the parts' last steps, for the updates at which they do not step.
-        "actor": {"losses/actor_loss": jnp.zeros(()), "charts/clipped_share": jnp.zeros(())},
-        "log_alpha": {"charts/entropy": jnp.zeros(())},
+        "actor_metrics": {
+            "losses/actor_loss": jnp.zeros(()),
+            "charts/clipped_share": jnp.zeros(()),
+        },
+        "log_alpha_metrics": {"charts/entropy": jnp.zeros(())},
     }
     optimizers = make_optimizers(hyperparameters)
     return Agent(
@@ -636,7 +641,10 @@ HUBER_DELTA = 50.0  # in units of the scaled return (flow-rl)
 
 
 def critic_loss(params, critic: nn.Module, batch: Transition, targets: Targets, average_std):
-    """The loss of the docstring above, and the critics' mean std; `average_std` is om."""
+    """The loss in this file's docstring, and the critics' mean std.
+
+    `average_std` is omega, `targets.mean` is y and `targets.draw` is y_z.
+    """
     mean, std = critic.apply(params, batch.obs, batch.actions)  # (2, B) each
     m, v = jax.lax.stop_gradient((mean, jnp.maximum(std, 1e-6)))
     limit = 3 * average_std
@@ -688,7 +696,7 @@ def descend(agent: Agent, part: str, grads, metrics: dict) -> Step:
 
 def keep(agent: Agent, part: str) -> Step:
     """The part as it is. Adam, given a gradient of zero instead, would go on by its momentum."""
-    return Step(agent.params[part], agent.opt_state[part], agent.slow_params[part])
+    return Step(agent.params[part], agent.opt_state[part], agent.slow_params[f"{part}_metrics"])
 
 
 def step_actor(agent: Agent, obs: jax.Array, key: jax.Array) -> Step:
@@ -730,7 +738,11 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
 
     q_values, _ = agent.critic.apply(params["critic"], batch.obs, batch.actions)
     average_std = optax.incremental_update(std, last["std"], args.tau)
-    running = {"std": average_std, "actor": actor.metrics, "log_alpha": log_alpha.metrics}
+    running = {
+        "std": average_std,
+        "actor_metrics": actor.metrics,
+        "log_alpha_metrics": log_alpha.metrics,
+    }
     steps = {"actor": actor, "critic": critic, "log_alpha": log_alpha}
     agent = step_agent(
         agent.replace(slow_params=last | running),
@@ -959,7 +971,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
 
 def main(args: Args) -> Agent:
     """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
-    args, state = load_state(args) if args.resume else (args, create_state(args))
+    args, state = (args, create_state(args)) if args.resume is None else load_state(args)
     with RunFolder(args, state.step) as run:
         agent = train(args, state, run)
     if run.stop_signal:
@@ -988,8 +1000,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)  # it follows only writers made after it
-            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+            start_tracking(args, self.path.name)
+            # Found in its module only now: wandb, to follow it, has put another class in its place.
+            self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
             raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
@@ -1021,6 +1034,7 @@ class RunFolder:
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
+            stop_tracking(self.args)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; a second one ends the process without more ado."""
@@ -1211,6 +1225,7 @@ def load_state(args: Args) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
     is_alone = args == Args(resume=args.resume)
     require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    require(args, "resume", os.path.isdir(args.resume), "the folder of a run")
     content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
         raise SystemExit(
@@ -1282,13 +1297,16 @@ def find_file(path: pathlib.Path) -> pathlib.Path:
 def write_file(path: pathlib.Path, content: dict) -> None:
     """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
-            pickle.dump(content, gzip_file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+            with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+                pickle.dump(content, gzip_file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def lock_folder(folder: pathlib.Path):
@@ -1308,9 +1326,11 @@ def lock_folder(folder: pathlib.Path):
 
 def start_tracking(args: Args, name: str) -> None:
     """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
-    if args.track:
-        import wandb
+    if not args.track:
+        return
+    import wandb
 
+    try:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
@@ -1321,6 +1341,16 @@ def start_tracking(args: Args, name: str) -> None:
             save_code=True,
             resume="allow",
         )
+    except Exception as error:  # of any kind: no login, no network, no such entity
+        raise SystemExit(f"--track fails: {one_line(error)}") from None
+
+
+def stop_tracking(args: Args) -> None:
+    """With --track, end the run: another one in this process begins its own."""
+    if args.track:
+        import wandb
+
+        wandb.finish()
 
 
 def hyperparameters_table(args: Args) -> str:
@@ -1338,8 +1368,8 @@ def choose_renderer(args: Args) -> None:
 
 
 def one_line(error) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+    """An error's text without line breaks; its name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ code. A flow that already samples exp(Q / temperature) is thereby played at half
 
 Settings: the authors' code (github.com/azizanlab/ReverseFlowMatching), on DeepMind Control tasks.
 There: an actor of two residual GELU blocks whose time features are sinusoids, 10,000 random steps,
-losses one after another, each at what was just updated. Here: the siblings' networks and protocol,
-and all losses at the parameters before the update. The temperature was chosen for returns of at
+evaluation from one fixed key, losses one after another, each at what was just updated. Here: the
+siblings' networks and protocol, with new latents at each step of an evaluation, and all losses at
+the parameters before the update. The temperature was chosen for returns of at
 most 1,000 with |Q| of at most 100; where |Q| is larger, one proposal may get all the weight: raise
 --temperature or lower --reward-scale. `charts/ess`, the effective number of proposals, shows it: it
 is a mean over t, near 1 at small t in any case, where the proposals are (1 - t) / t wide and most
@@ -78,7 +79,7 @@ from flax import struct
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 # =========================================== ARGUMENTS ===========================================
@@ -144,6 +145,8 @@ def check_args(args: Args) -> None:
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    is_file_name = not set(args.exp_name) & set("/\\:")
+    require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("gamma", "tau"):
@@ -261,7 +264,7 @@ class Actor(nn.Module):
 
     action_dim: int
     hidden_dim: int = 256
-    dot: Any = jax.lax.dot_general  # the product of all layers but the first
+    dot: Any = jax.lax.dot_general  # the product of hidden_1, hidden_2, output
 
     def setup(self):
         width = self.hidden_dim
@@ -793,7 +796,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
 
 def main(args: Args) -> Agent:
     """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
-    args, state = load_state(args) if args.resume else (args, create_state(args))
+    args, state = (args, create_state(args)) if args.resume is None else load_state(args)
     with RunFolder(args, state.step) as run:
         agent = train(args, state, run)
     if run.stop_signal:
@@ -822,8 +825,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)  # it follows only writers made after it
-            self.writer = EventFileWriter(str(self.path), flush_secs=30)
+            start_tracking(args, self.path.name)
+            # Found in its module only now: wandb, to follow it, has put another class in its place.
+            self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
             raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
@@ -855,6 +859,7 @@ class RunFolder:
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
+            stop_tracking(self.args)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; a second one ends the process without more ado."""
@@ -1045,6 +1050,7 @@ def load_state(args: Args) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
     is_alone = args == Args(resume=args.resume)
     require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    require(args, "resume", os.path.isdir(args.resume), "the folder of a run")
     content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
         raise SystemExit(
@@ -1116,13 +1122,16 @@ def find_file(path: pathlib.Path) -> pathlib.Path:
 def write_file(path: pathlib.Path, content: dict) -> None:
     """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
-            pickle.dump(content, gzip_file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
+            with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=0) as gzip_file:
+                pickle.dump(content, gzip_file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def lock_folder(folder: pathlib.Path):
@@ -1142,9 +1151,11 @@ def lock_folder(folder: pathlib.Path):
 
 def start_tracking(args: Args, name: str) -> None:
     """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
-    if args.track:
-        import wandb
+    if not args.track:
+        return
+    import wandb
 
+    try:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
@@ -1155,6 +1166,16 @@ def start_tracking(args: Args, name: str) -> None:
             save_code=True,
             resume="allow",
         )
+    except Exception as error:  # of any kind: no login, no network, no such entity
+        raise SystemExit(f"--track fails: {one_line(error)}") from None
+
+
+def stop_tracking(args: Args) -> None:
+    """With --track, end the run: another one in this process begins its own."""
+    if args.track:
+        import wandb
+
+        wandb.finish()
 
 
 def hyperparameters_table(args: Args) -> str:
@@ -1172,8 +1193,8 @@ def choose_renderer(args: Args) -> None:
 
 
 def one_line(error) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+    """An error's text without line breaks; its name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

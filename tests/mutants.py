@@ -345,9 +345,9 @@ shared(temperature, "no_log_n", "math.log(weights.shape[-1]) - entropy", "-entro
 slow = (
     f"{LEARNING} test_update_moves_the_target_critics_by_tau_and_copies_the_actor_at_its_interval"
 )
-is_due = "is_due = num_updates % "
+is_copied = "is_copied = num_updates % "
 shared(slow, "tau_of_the_other", "target, agent.args.tau)", "target, 1 - agent.args.tau)")
-shared(slow, "copied_an_update_late", is_due, is_due.replace("num", "agent.num"))
+shared(slow, "copied_an_update_late", is_copied, is_copied.replace("num", "agent.num"))
 shared(slow, "target_an_update_late", 'update(params["critic"]', 'update(agent.params["critic"]')
 
 # ----------------------------------------- learn, train_step, act ----------------------------------------

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tyro
 from conftest import ROOT
 from scipy import integrate, special, stats
 
@@ -87,6 +88,18 @@ def test_flags_that_are_not_the_methods_have_the_defaults_of_the_gempo_scripts(n
     for flag in ("gamma", "tau", "batch_size", "updates_per_step", "hidden_dim"):
         assert getattr(ours, flag) == getattr(theirs, flag), flag
     assert ours.exp_name == name
+
+
+@every_script
+def test_help_explains_every_flag(name, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(SCRIPTS[name].Args, args=["--help"])
+    text = re.sub(r"[^\w.-]+", " ", capsys.readouterr().out)  # without frame and line breaks
+    for field in fields(SCRIPTS[name].Args):
+        comment = re.search(rf"^    {field.name}: [^#]*# (.*)$", SOURCES[name], re.MULTILINE)[1]
+        first_words = re.sub(r"[^\w.-]+", " ", comment).split()[:4]
+        assert f"--{field.name.replace('_', '-')} " in text
+        assert " ".join(first_words) in text, field.name
 
 
 @every_script
@@ -845,7 +858,7 @@ class Bowl:
 def qsm_targets(critic, x_t, sigma, **flags):
     qsm, agent = SCRIPTS["qsm"], fake_agent("qsm", critic, **flags)
     gradients = qsm.action_gradients(agent, jnp.zeros((len(x_t), OBS_DIM)), jnp.float32(x_t))
-    return np.asarray(qsm.score_targets(gradients, jnp.float32(sigma), agent.args))
+    return np.asarray(qsm.noise_targets(gradients, jnp.float32(sigma), agent.args))
 
 
 def test_qsm_targets_of_a_quadratic_q():

@@ -403,6 +403,7 @@ def test_a_file_has_its_name_only_once_it_is_whole(tmp_path):
     with pytest.raises(TypeError):
         SCRIPT.write_file(file, {"number": 2, "generator": (n for n in range(3))})
     assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["100"]  # what was half written is gone
     SCRIPT.write_file(file, {"number": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["100"]
     assert pickle.loads(gzip.decompress(file.read_bytes())) == {"number": 3}

@@ -29,6 +29,7 @@ import pytest
 import tyro
 from conftest import ROOT
 from helpers import SCRIPTS, command_line, only_run, read_scalars
+from tensorboard.summary.writer import event_file_writer
 
 GEMPO = SCRIPTS["neg"]  # where one script stands for all
 BANNER = re.compile(r"^# =+ ([A-Z ]+) =+$", re.MULTILINE)
@@ -643,6 +644,7 @@ BAD_IDS = ["NoSuchThing-v0", "no_such_module:Thing-v0", "", "CartPole-v1", "Froz
 BAD_IDS += ["SequenceObservations-v0", "UnboundedActions-v0", "MatrixActions-v0"]
 BAD_IDS += ["DictActions-v0", "FailsAtOnce-v0"]
 BAD += [("env_id", env_id) for env_id in BAD_IDS]
+BAD += [("exp_name", name) for name in ("ablation/neg", "a:b", "a\\b")]
 
 
 @pytest.mark.parametrize(("flag", "value"), BAD)
@@ -656,6 +658,14 @@ def test_bad_input_ends_in_one_line_that_names_the_flag_and_writes_nothing(
     assert isinstance(message, str) and "\n" not in message
     assert message.startswith(f"--{flag.replace('_', '-')} ") and str(value) in message
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", "runs/no-such-run", __file__])
+def test_what_is_no_runs_folder_is_not_resumed(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^--resume must be the folder of a run, got") as stop:
+        GEMPO.main(GEMPO.Args(resume=path))
+    assert stop.value.code.endswith(path) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -683,25 +693,44 @@ def test_tracking_without_wandb_ends_in_one_line(tmp_path, monkeypatch):
 
 
 def test_wandb_follows_the_tensorboard_writer_and_goes_on_with_a_resumed_run(tmp_path, monkeypatch):
-    """By the documented argument of wandb.init, which must come before the writer is made."""
+    """wandb.init replaces the class of the writers that are made later: only those it follows."""
     monkeypatch.chdir(tmp_path)
-    calls, wandb = [], types.ModuleType("wandb")
+    calls, followed, wandb = [], [], types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
 
+    class FollowedWriter(event_file_writer.EventFileWriter):
+        def __init__(self, folder, **options):
+            followed.append(folder)
+            super().__init__(folder, **options)
+
     def init(**arguments):
-        assert not list(tmp_path.glob("runs/*/events*"))
         calls.append(arguments)
+        monkeypatch.setattr(event_file_writer, "EventFileWriter", FollowedWriter)
 
     wandb.init = init
+    wandb.finish = lambda: calls.append("finish")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     args = GEMPO.Args(track=True, wandb_entity="team")
     GEMPO.check_args(args)
-    with GEMPO.RunFolder(args, 0):
-        pass
-    (call,) = calls
+    with GEMPO.RunFolder(args, 0) as run:
+        assert calls[1:] == []
+    call, end = calls
+    assert end == "finish" and followed == [str(run.path)]
     assert call["sync_tensorboard"] and call["resume"] == "allow" and call["entity"] == "team"
     assert call["name"] == call["id"] == only_run(tmp_path).name
     assert call["config"] == asdict(args)
+
+
+def test_a_refused_wandb_run_ends_in_one_line(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("no such\nentity")
+
+    monkeypatch.chdir(tmp_path)
+    wandb = types.ModuleType("wandb")
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(SystemExit, match=r"^--track fails: no such entity$"):
+        GEMPO.RunFolder(GEMPO.Args(track=True), 0)
 
 
 @pytest.mark.parametrize(
