@@ -9,11 +9,12 @@ Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) dr
 sequences from the current model, values them by an oracle, r = oracle(x), and descends, averaged
 over the groups,
 
-    sum_b w_b l(x_b),   l(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t),             (equation 8)
+    sum_b w_b l(x_b),   l(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t),
 
-the denoising loss of the n sequences x_b, with weights w_b that rise with r_b inside a group: exp,
-linear, square, or neg, which is linear with a floor ell < 0, so that the model is pushed away from
-bad sequences; or wd1, a baseline.
+equation 8 with the loss of masked diffusion for the squared error: the denoising loss of the n
+sequences x_b, with weights w_b that rise with r_b inside a group: exp, linear, square, or neg, which
+is linear with a floor ell < 0, so that the model is pushed away from bad sequences; or wd1, a
+baseline.
 
 Before that, `prepare` pretrains the denoiser on sequences of DNA and trains two oracles of their
 activity, each on one half of the data: one is the reward, the other one only evaluates. All three
@@ -27,8 +28,8 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
-as if it had never stopped, on the same machine, as long as this file and the files that its flags
-name have not changed. Only the fine-tuning has checkpoints: a pretraining that was stopped begins
+as if it had never stopped, on the same machine with as many threads, as long as this file and the
+files that its flags name have not changed. Only the fine-tuning has checkpoints: a pretraining that was stopped begins
 again, one that was done is in the cache.
 
 Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
@@ -81,9 +82,7 @@ class Args:
     split_column: str | None = None  # data_path: rows with the same entry here share an oracle
     sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = (
-        None  # a denoiser to start from; the next seven flags do nothing then
-    )
+    denoiser_path: str | None = None  # a denoiser to start from; then the next seven do nothing
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 2_000  # updates of the pretraining
@@ -111,11 +110,10 @@ PRESETS = {
     "small": {},  # for two CPU cores
     "hour": dict(  # larger groups and longer pretraining, for two CPU cores; not run yet
         pretrain_steps=10_000,
-        num_updates=200,
         group_size=128,
         times_per_sample=1,
     ),
-    "paper": dict(  # the authors' sizes, for a GPU; not run yet
+    "paper": dict(  # the authors' sizes but for the oracles', for a GPU and --data-path; not run yet
         data_size=700_000,
         hidden_dim=128,
         num_layers=20,
@@ -152,6 +150,8 @@ def check_args(args: Args) -> None:
     """Exit with one line if a flag is out of its range."""
     for flag, lowest in LOWEST.items():
         require(args, flag, getattr(args, flag) >= lowest, f"a whole number, at least {lowest}")
+    for flag in ("seed", "data_seed"):
+        require(args, flag, getattr(args, flag) < 2**32, "below 2**32")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
@@ -232,10 +232,13 @@ def read_data(args: Args) -> Data:
     rule = f"{args.sequence_length} letters A, C, G or T, and a number as the activity"
     print(f"{path}: {len(sequences)} of {len(rows)} rows have {rule}", flush=True)
     names, group_numbers = np.unique(groups, return_inverse=True)
-    if len(sequences) < 200 or len(names) < 2:
-        raise SystemExit(f"--data-path {path}: 200 such rows in two groups are needed")
     is_eval_group = np.random.default_rng(args.data_seed).permutation(len(names)) % 2 == 1
-    return Data(encode(sequences), np.float32(activities), is_eval_group[group_numbers])
+    is_eval_half = is_eval_group[group_numbers]
+    sizes = len(sequences) - is_eval_half.sum(), is_eval_half.sum()
+    if min(sizes) < 100:
+        found = f"its halves, of {len(names)} groups, have {sizes[0]} and {sizes[1]}"
+        raise SystemExit(f"--data-path {path}: 100 such rows in each half are needed; {found}")
+    return Data(encode(sequences), np.float32(activities), is_eval_half)
 
 
 def parse_number(text: str) -> float:
@@ -429,7 +432,7 @@ def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
 
 
 # =========================================== DIFFUSION ===========================================
-T_MIN = 1e-5  # smallest time: the loss has the factor 1/t
+T_MIN = 1e-5  # smallest time, the authors' sampler's; they train down to 1e-3. The loss has 1/t
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
@@ -503,6 +506,8 @@ def make_schedule(settings: FitSettings) -> optax.Schedule:
     if settings.decay:
         last_step = max(settings.num_steps, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, last_step)
+    if warmup == 0:
+        return optax.constant_schedule(peak)
     return optax.warmup_constant_schedule(0.0, peak, warmup)
 
 
@@ -561,6 +566,7 @@ def pretraining_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.
 def pretrain_denoiser(data: Data, args: Args) -> Model:
     """A denoiser of the data's sequences."""
     network = Denoiser(args.hidden_dim, args.num_layers)
+    rate = dict(lr=args.pretrain_lr, warmup=args.pretrain_warmup, decay=args.pretrain_decay)
     return fit_or_load(
         args.cache_path,
         code=[denoising_loss, mask_chance],
@@ -568,13 +574,7 @@ def pretrain_denoiser(data: Data, args: Args) -> Model:
         model=create_model(network, args, jax.random.key(args.data_seed)),
         loss=pretraining_loss,
         data=data.tokens,
-        settings=FitSettings(
-            args.pretrain_steps,
-            args.pretrain_batch_size,
-            lr=args.pretrain_lr,
-            warmup=args.pretrain_warmup,
-            decay=args.pretrain_decay,
-        ),
+        settings=FitSettings(args.pretrain_steps, args.pretrain_batch_size, **rate),
         seed=args.data_seed,
     )
 
@@ -586,11 +586,17 @@ def load_denoiser(path: str) -> Model:
     and "pretrained" in the results is then that model. It is unpickled: load only what you trust.
     """
     params = read_pickle(pathlib.Path(path))
-    if not (isinstance(params, dict) and "conv_in" in params.get("params", {})):
-        raise SystemExit(f"{path} cannot be used: it holds no denoiser")
-    layers = params["params"]
-    num_layers = sum(name.startswith("norm_") for name in layers)
-    return Model(jax.device_put(params), Denoiser(len(layers["conv_in"]["bias"]), num_layers))
+    try:
+        layers = params["params"]
+        num_layers = sum(name.startswith("norm_") for name in layers)
+        network = Denoiser(len(layers["conv_in"]["bias"]), num_layers)
+        tokens = jnp.zeros((1, 8), jnp.uint8)
+        expected = jax.eval_shape(network.init, jax.random.key(0), tokens)
+        if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+            raise ValueError("its layers have other shapes")
+    except Exception:  # of any kind: the file may hold anything
+        raise SystemExit(f"{path} cannot be used: it holds no denoiser of this script") from None
+    return Model(jax.device_put(params), network)
 
 
 def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
@@ -635,17 +641,17 @@ class Setup(NamedTuple):
 
 def prepare(args: Args) -> Setup:
     """Data, pretrained denoiser and oracles."""
-    # A folder that cannot be made ends the run here, not after minutes of training.
-    pathlib.Path(args.cache_path).mkdir(parents=True, exist_ok=True)
+    # What cannot be made or read ends the run here, not after minutes of training.
+    for folder in ("runs", args.cache_path):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    denoiser = load_denoiser(args.denoiser_path) if args.denoiser_path else None
     if args.data_path:
         data = read_data(args)
     else:
         data = generate_data(args.data_size, args.sequence_length, args.data_seed)
     reward_oracle = train_oracle(data, args, for_evaluation=False)
     eval_oracle = train_oracle(data, args, for_evaluation=True)
-    if args.denoiser_path:
-        denoiser = load_denoiser(args.denoiser_path)
-    else:
+    if denoiser is None:
         denoiser = pretrain_denoiser(data, args)
     return Setup(data, denoiser, reward_oracle, eval_oracle)
 
@@ -659,6 +665,17 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     trained, on measured activities, and predicted_activity stays what the evaluation oracle says.
     """
     return predict(setup.reward_oracle, tokens)
+
+
+def checked_reward(tokens, setup: Setup) -> jax.Array:
+    """`compute_reward` of tokens (B, L); exits with one line if it gives no B finite numbers."""
+    try:
+        rewards = jnp.asarray(compute_reward(jnp.asarray(tokens), setup), jnp.float32)
+    except OSError as error:  # which by itself would end the script in one line
+        raise RuntimeError("compute_reward failed") from error
+    if rewards.shape != (len(tokens),) or not np.isfinite(rewards).all():
+        raise SystemExit(f"compute_reward must give {len(tokens)} finite numbers")
+    return rewards
 
 
 # ========================================== REWEIGHTING ==========================================
@@ -870,14 +887,12 @@ def weighted_loss(denoiser: Model, tokens, weights, key, args: Args) -> jax.Arra
 
 
 @partial(jax.jit, static_argnames="args")
-def learn(denoiser: Model, opt_state, tokens: jax.Array, weights: jax.Array, key, args: Args):
-    """One gradient step on tokens (G, n, L) with weights (G, n).
-
-    Returns the new denoiser and state of the optimizer, and scalars to log.
-    """
-    loss, grads = jax.value_and_grad(weighted_loss)(denoiser, tokens, weights, key, args)
+def learn(state: State, tokens: jax.Array, weights: jax.Array, key, args: Args):
+    """The state after one gradient step on tokens (G, n, L) with weights (G, n); scalars to log."""
+    loss, grads = jax.value_and_grad(weighted_loss)(state.denoiser, tokens, weights, key, args)
     optimizer = make_optimizer(args)  # a pair of functions without state, made anew when compiled
-    updates, opt_state = optimizer.update(grads, opt_state)
+    updates, opt_state = optimizer.update(grads, state.opt_state)
+    denoiser = optax.apply_updates(state.denoiser, updates)
     metrics = {
         "losses/weighted_loss": loss,
         "losses/gradient_norm": optax.tree.norm(grads),
@@ -886,15 +901,15 @@ def learn(denoiser: Model, opt_state, tokens: jax.Array, weights: jax.Array, key
         "weights/max": weights.max(),
         "weights/negative_share": jnp.mean(weights < 0),
     }
-    return optax.apply_updates(denoiser, updates), opt_state, metrics
-
-
-@jax.jit
-def tune_lambda(log_lambda: jax.Array, opt_state, weights: jax.Array, target_kl: float):
-    """One step of simplex's log lambda toward the KL budget: it, its optimizer's state, the KL."""
-    grad, kl = jax.grad(temperature_loss, has_aux=True)(log_lambda, weights, target_kl)
-    update, opt_state = LAMBDA_OPTIMIZER.update(grad, opt_state)
-    return log_lambda + update, opt_state, kl
+    state = state._replace(denoiser=denoiser, opt_state=opt_state)
+    if args.normalizer == "simplex":  # one step of log lambda toward the KL budget
+        metrics["charts/lambda"] = jnp.exp(state.log_lambda)
+        gradient = jax.grad(temperature_loss, has_aux=True)
+        grad, metrics["charts/kl"] = gradient(state.log_lambda, weights, args.target_kl)
+        change, lambda_opt_state = LAMBDA_OPTIMIZER.update(grad, state.lambda_opt_state)
+        log_lambda = state.log_lambda + change
+        state = state._replace(log_lambda=log_lambda, lambda_opt_state=lambda_opt_state)
+    return state, metrics
 
 
 def split_seed(args: Args) -> jax.Array:
@@ -917,9 +932,7 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
         )  # (G n, L)
 
         # 2. Reward each sequence.
-        rewards = jnp.asarray(compute_reward(tokens, setup), jnp.float32)  # (G n,)
-        if rewards.shape != (num_samples,) or not np.isfinite(rewards).all():
-            raise SystemExit(f"compute_reward must give {num_samples} finite numbers")
+        rewards = checked_reward(tokens, setup)  # (G n,)
 
         # 3. Weigh the sequences of a group against each other.
         simplex_lambda = jnp.exp(state.log_lambda)
@@ -927,16 +940,8 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
 
         # 4. Step: one gradient of the weighted denoising loss, and one of lambda.
         grouped = tokens.reshape(*groups, -1)  # (G, n, L)
-        denoiser, opt_state, metrics = learn(
-            state.denoiser, state.opt_state, grouped, weights, loss_key, args
-        )
-        log_lambda, lambda_opt_state = state.log_lambda, state.lambda_opt_state
-        if args.normalizer == "simplex":
-            log_lambda, lambda_opt_state, kl = tune_lambda(
-                log_lambda, lambda_opt_state, weights, args.target_kl
-            )
-            metrics |= {"charts/kl": kl, "charts/lambda": simplex_lambda}
-        state = State(update + 1, denoiser, opt_state, log_lambda, lambda_opt_state)
+        state, metrics = learn(state, grouped, weights, loss_key, args)
+        state = state._replace(update=update + 1)
 
         # 5. Log medians over the samples, and once in a while save.
         metrics["charts/reward"] = jnp.median(rewards)
@@ -990,7 +995,9 @@ def correlate(x: np.ndarray, y: np.ndarray) -> float:
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
     """Metrics of samples, tokens (B, L).
 
-    "The top" are the most active 0.1% of the data (1% of fewer than 100,000 sequences).
+    "The top" are the most active 0.1% of the data (1% of fewer than 100,000 sequences). Motifs are the
+    sites in MOTIFS, for data of your own, too; the paper counts those of JASPAR. Its accessibility
+    accuracy, which needs one more classifier, is not here.
     """
     data = setup.data
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
@@ -1001,7 +1008,7 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
     metrics["predicted_activity"] = np.median(predicted)
     # Median of what fine-tuning maximizes. Far above predicted_activity: its oracle is being fooled.
-    metrics["reward"] = np.median(compute_reward(tokens, setup))
+    metrics["reward"] = np.median(checked_reward(tokens, setup))
     # Median of the truth, which only generated data have.
     if not args.data_path:
         metrics["true_activity"] = np.median(in_batches(true_activity, tokens))
@@ -1059,7 +1066,7 @@ def main(args: Args) -> dict:
     before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
     state = create_state(args, setup.denoiser)
     if saved_leaves is not None:
-        state = jax.tree.unflatten(jax.tree.structure(state), saved_leaves)
+        state = restore(state, saved_leaves, run.path)
         run.rewind_log(state.update)
     denoiser = finetune(args, setup, state, run)
     after = draw_samples(denoiser, args)
@@ -1117,6 +1124,14 @@ def load_checkpoint(resume: str) -> tuple[Args, list]:
         raise SystemExit(f"{path} is no checkpoint of this script: {one_line(error)}") from None
 
 
+def restore(state: State, saved_leaves: list, path: pathlib.Path) -> State:
+    """The checkpointed state; exits with one line if it is of another model than `state`."""
+    leaves, structure = jax.tree.flatten(state)
+    if [np.shape(leaf) for leaf in leaves] != [np.shape(leaf) for leaf in saved_leaves]:
+        raise SystemExit(f"{path}/checkpoint cannot be used: its denoiser has another size")
+    return jax.tree.unflatten(structure, saved_leaves)
+
+
 def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
     """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
@@ -1146,8 +1161,14 @@ def write_pickle(path: pathlib.Path, content) -> None:
     """Write a tree of plain data and arrays, whole or not at all: it is renamed when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file
-    temporary.write_bytes(pickle.dumps(jax.device_get(content)))
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            pickle.dump(jax.device_get(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def read_pickle(path: pathlib.Path) -> Any:
@@ -1159,8 +1180,8 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def one_line(error) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+    """An error's text without line breaks; its name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def parse_args(args_class: type = Args) -> Args:

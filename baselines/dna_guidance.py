@@ -138,7 +138,7 @@ def sample_best_of_n(setup: dna.Setup, args: Args) -> np.ndarray:
     shape = args.eval_samples, args.num_candidates
     tokens = dna.draw_samples(setup.denoiser, replace(args, eval_samples=math.prod(shape)))
     parts = np.split(tokens, args.num_candidates)  # the oracle's memory grows with their size
-    rewards = np.concatenate([dna.compute_reward(part, setup) for part in parts])
+    rewards = np.concatenate([dna.checked_reward(part, setup) for part in parts])
     best = rewards.reshape(shape).argmax(axis=1)
     return tokens.reshape(*shape, -1)[np.arange(args.eval_samples), best]
 
@@ -186,7 +186,7 @@ def drakes_loss(denoiser: dna.Model, _, key, setup: dna.Setup, args: Args) -> ja
 def finetune_drakes(setup: dna.Setup, args: Args) -> dna.Model:
     """The denoiser after `num_updates` updates by the gradient of the oracle."""
     loss = partial(drakes_loss, setup=setup, args=args)
-    rate = dict(lr=args.learning_rate, warmup=1, decay=False)
+    rate = dict(lr=args.learning_rate, warmup=0, decay=False)
     settings = dna.FitSettings(args.num_updates, batch_size=1, **rate)
     no_data = np.zeros(1)
     return dna.fit("drakes", setup.denoiser, loss, no_data, settings, args.seed)
@@ -204,8 +204,8 @@ def sample_method(setup: dna.Setup, args: Args) -> np.ndarray:
 def main(args: Args) -> dict:
     """Run the method, write everything to runs/{run} and return the metrics before and after."""
     check_args(args)
-    run = dna.RunFolder(args, args.method)
     setup = dna.prepare(args)
+    run = dna.RunFolder(args, args.method)
     before = dna.draw_samples(setup.denoiser, args)
     start = time.perf_counter()
     after = sample_method(setup, args)

@@ -72,7 +72,9 @@ def read_path(path: pathlib.Path) -> list[dict]:
     for row in rows:
         row["seed"] = int(row["seed"])
         for column in COLUMNS:
-            if row.get(column, "") != "":
+            if row.get(column) == "":
+                del row[column]  # a metric that this run has not, in a CSV
+            elif column in row:
                 row[column] = float(row[column])
     return rows
 

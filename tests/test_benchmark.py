@@ -918,6 +918,18 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert capsys.readouterr().out.splitlines() == table
 
 
+def test_the_dna_table_of_data_without_a_truth_comes_from_its_csv_too(tmp_path, capsys):
+    run = write_dna_run(tmp_path / "real", 1.0)
+    metrics = json.loads((run / "metrics.json").read_text())
+    for values in metrics.values():
+        del values["true_activity"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    dna_table.main(dna_table.Args((run,), to_csv=tmp_path / "real.csv"))
+    table = capsys.readouterr().out
+    dna_table.main(dna_table.Args((tmp_path / "real.csv",)))
+    assert capsys.readouterr().out == table
+
+
 @pytest.mark.parametrize("name", ["metrics", "metrics_9cab2ff"])
 def test_the_committed_dna_results_make_the_tables_of_the_document(name, capsys):
     dna_table.main(dna_table.Args((ROOT / f"benchmark/results/dna/{name}.csv",)))

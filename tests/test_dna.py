@@ -10,7 +10,7 @@ import re
 import runpy
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import flax.linen as nn
@@ -299,8 +299,8 @@ def test_the_loss_is_the_weighted_sum_over_each_group(setup):
     args, key = WHOLE, jax.random.key(3)
     tokens = jax.random.randint(jax.random.key(1), (2, 32, 48), 0, 4).astype(jnp.uint8)
     weights = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-    opt_state = dna.create_state(args, setup.denoiser).opt_state
-    _, _, metrics = dna.learn(setup.denoiser, opt_state, tokens, weights, key, args)
+    state = dna.create_state(args, setup.denoiser)
+    _, metrics = dna.learn(state, tokens, weights, key, args)
     copies = jnp.tile(tokens, (args.times_per_sample, 1, 1, 1))
     nats = np.asarray(jax.jit(dna.denoising_loss)(setup.denoiser, copies, key)).mean(axis=0)
     expected = (weights * nats).sum(axis=1).mean() / 48
@@ -469,9 +469,9 @@ def test_bad_files_end_in_one_line(tmp_path):
     good = write_table(tmp_path / "good.csv", random_rows(300))
     assert "no column dna, only ['seq', 'hepg2']" in line(good, sequence_column="dna")
     assert "no column chr" in line(good, split_column="chr")
-    assert "200 such rows" in line(write_table(tmp_path / "few.csv", random_rows(20)))
+    assert "100 such rows in each half" in line(write_table(tmp_path / "few.csv", random_rows(20)))
     (tmp_path / "empty.csv").write_text("")
-    assert "200 such rows" in line(tmp_path / "empty.csv")
+    assert "100 such rows in each half" in line(tmp_path / "empty.csv")
     (tmp_path / "bytes.csv").write_bytes(bytes(range(256)))
     line(tmp_path / "bytes.csv")
     (tmp_path / "d.csv.gz").write_text("no gzip")
@@ -481,7 +481,10 @@ def test_bad_files_end_in_one_line(tmp_path):
     assert "end" in line(tmp_path / "e.csv.gz")
     rows = [(*row, "chr1") for row in random_rows(300)]
     same = write_table(tmp_path / "s.csv", rows, ("seq", "hepg2", "chr"))
-    assert "two groups" in line(same, split_column="chr")
+    assert "its halves, of 1 groups, have 300 and 0" in line(same, split_column="chr")
+    rows[0] = (*rows[0][:2], "chr2")
+    lopsided = write_table(tmp_path / "l.csv", rows, ("seq", "hepg2", "chr"))
+    assert re.search("of 2 groups, have (1 and 299|299 and 1)", line(lopsided, split_column="chr"))
 
 
 # --------------------------------------- DRAKES checkpoints ---------------------------------------
@@ -685,6 +688,8 @@ def test_fit_learns_and_ends_in_one_line_if_it_diverges():
 def test_schedules():
     schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=10, decay=False))
     assert [float(schedule(i)) for i in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=0, decay=False))
+    assert [float(schedule(i)) for i in (0, 99)] == [1, 1]  # DRAKES' first update is one, too
     schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=10))
     values = [float(schedule(i)) for i in (0, 5, 10, 55, 100)]
     assert values == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
@@ -740,7 +745,7 @@ def test_the_next_run_takes_from_the_cache_what_it_can(inside, capsys):
     assert jax.tree.all(jax.tree.map(np.array_equal, *oracles))
 
 
-def test_a_saved_denoiser_starts_a_run(inside):
+def test_a_saved_denoiser_starts_a_run(inside, monkeypatch):
     saved = find_run(inside, "whole") / "finetuned.model"
     args = dna.Args(**TINY, exp_name="second", weighting="linear", denoiser_path=str(saved))
     start = dna.prepare(args).denoiser
@@ -752,6 +757,11 @@ def test_a_saved_denoiser_starts_a_run(inside):
     for path in (find_run(inside, "whole") / "checkpoint", next(cache.glob("reward*"))):
         assert "no denoiser" in error_line(dna.load_denoiser, str(path))
     assert "No such file" in error_line(dna.load_denoiser, "none")
+    for params in (None, {"conv_in": {"bias": np.zeros(4)}, "norm_0": {}}):
+        dna.write_pickle(inside / "odd", {"params": params})
+        assert "no denoiser" in error_line(dna.load_denoiser, str(inside / "odd"))
+    monkeypatch.setattr(dna, "train_oracle", None)  # a bad file is noticed before any training
+    error_line(dna.prepare, replace(args, denoiser_path="none"))
 
 
 def interrupt_after(monkeypatch, num_calls, error):
@@ -799,6 +809,9 @@ def test_what_cannot_be_resumed_ends_in_one_line(inside):
     assert "checkpoint cannot be used" in line(copy)
     dna.write_pickle(copy / "checkpoint", {"args": {"flag_of_another_version": 1}, "leaves": []})
     assert "checkpoint is no checkpoint of this script: " in line(copy)
+    content = dna.read_pickle(run / "checkpoint")
+    dna.write_pickle(copy / "checkpoint", content | {"leaves": content["leaves"][:-1]})
+    assert "checkpoint cannot be used: its denoiser has another size" in line(copy)
     runs = sorted((inside / "runs").iterdir())
     assert "nowhere.csv" in error_line(dna.main, dna.Args(**TINY, data_path="nowhere.csv"))
     assert sorted((inside / "runs").iterdir()) == runs  # no empty folder is left
@@ -808,14 +821,14 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatc
     path = tmp_path / "checkpoint"
     dna.write_pickle(path, {"update": 2})
 
-    def fail(self, content):
-        open(self, "wb").close()
+    def fail(number):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(dna.pathlib.Path, "write_bytes", fail)
+    monkeypatch.setattr(dna.os, "fsync", fail)
     with pytest.raises(OSError):
         dna.write_pickle(path, {"update": 4})
     assert dna.read_pickle(path) == {"update": 2}
+    assert list(tmp_path.iterdir()) == [path]  # what was half written is gone
 
 
 @pytest.mark.parametrize("script", ["dna_finetune.py", "baselines/dna_guidance.py"])
@@ -824,7 +837,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(script, tmp_path, monk
     (tmp_path / "runs").write_text("a file in the place of the folder")
     monkeypatch.setattr(sys, "argv", [script])
     message = error_line(runpy.run_path, str(ROOT / script), run_name="__main__")
-    assert "runs/" in message
+    assert "File exists: 'runs'" in message
 
 
 def test_divergence_ends_in_one_line(inside, monkeypatch):
@@ -832,10 +845,10 @@ def test_divergence_ends_in_one_line(inside, monkeypatch):
 
     def diverging(*args):
         calls.append(0)
-        denoiser, opt_state, metrics = learn(*args)
+        state, metrics = learn(*args)
         if len(calls) == 3:
             metrics["losses/weighted_loss"] = math.nan
-        return denoiser, opt_state, metrics
+        return state, metrics
 
     monkeypatch.setattr(dna, "learn", diverging)
     args = dna.Args(**TINY, exp_name="diverged", checkpoint_frequency=2)
@@ -852,6 +865,20 @@ def test_a_reward_of_no_use_ends_in_one_line(setup, monkeypatch, bad):
     state = dna.create_state(args, setup.denoiser)
     message = error_line(dna.finetune, args, setup, state, NoRun())
     assert message == "compute_reward must give 64 finite numbers"
+
+
+def test_a_reward_gets_jax_arrays_in_the_evaluation_too_and_keeps_its_traceback(setup, monkeypatch):
+    tokens = np.zeros((8, 48), np.uint8)
+    monkeypatch.setattr(dna, "compute_reward", lambda tokens, _: tokens.at[:, 0].set(2)[:, 0])
+    np.testing.assert_array_equal(dna.checked_reward(tokens, setup), np.full(8, 2.0))
+
+    def fail(tokens, setup):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(dna, "compute_reward", fail)
+    with pytest.raises(RuntimeError, match="compute_reward failed") as stop:
+        dna.checked_reward(tokens, setup)
+    assert isinstance(stop.value.__cause__, ConnectionError)
 
 
 def test_the_file_alone_reads_a_file_of_data(inside, setup, monkeypatch):
@@ -890,12 +917,25 @@ REFUSED = {
     "--data-size must be a whole number, at least 1000": {"data_size": 10},
     "--checkpoint-frequency must be a whole number, at least 1": {"checkpoint_frequency": 0},
     "--seed must be a whole number, at least 0": {"seed": -1},
+    "--seed must be below 2": {"seed": 2**32},
+    "--data-seed must be below 2": {"data_seed": 2**63},
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_flags_out_of_range_end_in_one_line(message):
     assert error_line(dna.check_args, dna.Args(**REFUSED[message])).startswith(message)
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--help"])
+    with pytest.raises(SystemExit):
+        dna.parse_args()
+    text = re.sub(r"[^\w.-]+", " ", capsys.readouterr().out)  # without frame and line breaks
+    source = (ROOT / "dna_finetune.py").read_text()
+    for field in fields(dna.Args):
+        comment = re.search(rf"^    {field.name}: [^#]*# (.*)$", source, re.MULTILINE)[1]
+        assert " ".join(re.sub(r"[^\w.-]+", " ", comment).split()[:4]) in text, field.name
 
 
 def test_presets(monkeypatch, capsys):
