@@ -9,11 +9,11 @@ Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) dr
 sequences from the current model, values them by an oracle, r = oracle(x), and descends, averaged
 over the groups,
 
-    sum_b w_b l(x_b),   l(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t),
+    sum_b w_b loss(x_b),   loss(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t)
 
-equation 8 with the loss of masked diffusion for the squared error: the denoising loss of the n
-sequences x_b, with weights w_b that rise with r_b inside a group: exp, linear, square, or neg, which
-is linear with a floor ell < 0, so that the model is pushed away from bad sequences; or wd1, a
+This is equation 8 with the loss of masked diffusion in the place of the squared error. x_b is one of
+the n sequences, w_b its weight, which rises with r_b inside a group: exp, linear, square, or neg,
+which is linear with a floor ell <= 0, so that the model is pushed away from bad sequences; or wd1, a
 baseline.
 
 Before that, `prepare` pretrains the denoiser on sequences of DNA and trains two oracles of their
@@ -21,16 +21,18 @@ activity, each on one half of the data: one is the reward, the other one only ev
 wait in runs/cache for later runs with the same data and flags.
 
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
-- data: --data-path FILE.tsv.gz; without it, sequences are generated whose activity is known exactly
-- reward: edit `compute_reward`
-- weights of the samples: a branch in `zscore_weights`, and its name in `Args.weighting`
+- data: --data-path FILE.tsv.gz, and flags for its columns and the length of its sequences; without
+  it, sequences are generated whose activity is known exactly
+- reward: edit `compute_reward`, from tokens (B, L) to B numbers
+- weights w_b: a branch in `zscore_weights`, and its name in `Args.weighting`
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
 as if it had never stopped, on the same machine with as many threads, as long as this file and the
-files that its flags name have not changed. Only the fine-tuning has checkpoints: a pretraining that was stopped begins
-again, one that was done is in the cache.
+files that its flags name have not changed. Only the fine-tuning has checkpoints, one every 20
+updates. Stopped before the first, give the command again: the models that were done by then are in
+the cache.
 
 Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
 """
@@ -80,9 +82,9 @@ class Args:
     sequence_column: str = "seq"  # data_path: its column of sequences
     activity_column: str = "hepg2"  # data_path: its column of activities (of HepG2 cells)
     split_column: str | None = None  # data_path: rows with the same entry here share an oracle
-    sequence_length: int = 200  # letters of a sequence (L); others in the file are left out
+    sequence_length: int = 200  # letters of a sequence (L); longer and shorter ones are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # a denoiser to start from; then the next seven do nothing
+    denoiser_path: str | None = None  # denoiser to start from; the flags up to pretrain_* are idle
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 2_000  # updates of the pretraining
@@ -93,7 +95,7 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # as in the authors' DNA code; or in theory
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # the authors' here; weights that sum to 1
     ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in mean weights
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
     target_kl: float = 1.5  # KL of the weights from uniform, in nats; simplex only
@@ -131,10 +133,11 @@ PRESETS = {
         learning_rate=1e-4,
     ),
 }
-COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "pretrain_warmup")
-COUNTS += ("oracle_dim", "oracle_steps", "num_updates", "num_groups", "times_per_sample")
-COUNTS += ("sample_steps", "checkpoint_frequency")
-LOWEST = dict.fromkeys(COUNTS, 1) | {"seed": 0, "data_seed": 0, "group_size": 2, "eval_samples": 2}
+COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "oracle_dim")
+COUNTS += ("oracle_steps", "num_updates", "num_groups", "times_per_sample", "sample_steps")
+COUNTS += ("checkpoint_frequency",)
+LOWEST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(("seed", "data_seed", "pretrain_warmup"), 0)
+LOWEST |= {"group_size": 2, "eval_samples": 2}
 LOWEST |= {"sequence_length": 40, "data_size": 1_000}  # room for sites; ten sequences in the top 1%
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 
@@ -190,7 +193,7 @@ def decode(tokens) -> list[str]:
 
 
 def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
-    """`function` of tokens (N, L), row by row, called on batches of one size: it compiles once."""
+    """`function` of tokens (N, L), called on batches of one size, so that it compiles once."""
     padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
     padded = np.concatenate([tokens, padding])
     starts = range(0, len(padded), size)
@@ -372,7 +375,7 @@ class Denoiser(nn.Module):
             x = jax.nn.one_hot(x, 5)
         h = nn.relu(nn.Conv(self.hidden_dim, (9,), name="conv_in")(x))
         for i in range(self.num_layers):
-            # 1 in 8 layers, then 4, 16 and 64 in 4 layers each of DRAKES' 20; 1, 1, 4 and 16 in 4.
+            # Five equal blocks, as in DRAKES' 20 layers; of 4 layers, one each with 1, 1, 4 and 16.
             dilation = (1, 1, 4, 16, 64)[5 * i // self.num_layers]
             bias = self.param(f"bias_{i}", nn.initializers.zeros, (self.hidden_dim,))
             y = nn.LayerNorm(epsilon=1e-5, name=f"norm_{i}")(h + bias)
@@ -661,8 +664,9 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
     Put your own here: any Python that returns B finite numbers (B varies from call to call); no
-    gradient is taken of it. `decode(tokens)` gives the sequences as strings. Both oracles are still
-    trained, on measured activities, and predicted_activity stays what the evaluation oracle says.
+    gradient is taken of it. Their scale matters to exp, wd1 and simplex, whose lambda starts at 1.
+    `decode(tokens)` gives the sequences as strings. Both oracles are still trained, on measured
+    activities, and predicted_activity stays what the evaluation oracle says.
     """
     return predict(setup.reward_oracle, tokens)
 
@@ -671,7 +675,7 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
     """`compute_reward` of tokens (B, L); exits with one line if it gives no B finite numbers."""
     try:
         rewards = jnp.asarray(compute_reward(jnp.asarray(tokens), setup), jnp.float32)
-    except OSError as error:  # which by itself would end the script in one line
+    except OSError as error:  # as it is, it would end the script in one line, meant for full disks
         raise RuntimeError("compute_reward failed") from error
     if rewards.shape != (len(tokens),) or not np.isfinite(rewards).all():
         raise SystemExit(f"compute_reward must give {len(tokens)} finite numbers")
@@ -688,7 +692,7 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 #     square  max(z, 0)^2                      the authors cap the others at 3, not this one
 #     neg     clip(z, ell, 3)
 #
-# and, without a z-score in spite of the name, of the rewards as they are:
+# and, in spite of its name, of the rewards as they are, so that their scale matters:
 #
 #     exp     softmax(r / exp_temperature)     simplex's exp with lambda fixed
 #     wd1     softmax(r) - softmax(-r)         the paper has z here, the authors' code r
@@ -709,8 +713,8 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
 # reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
 # weights. In simplex it is in mean weights, as in the RL scripts: at -0.3 the lowest is -0.3 of them.
-# 0 is linear. The default is the best one of the paper; of -0.05 to -0.5, tried in zscore, -0.5 did
-# best here (benchmark/DNA.md).
+# 0 is linear. The default, -0.3 (zscore), is the best in the paper; in our runs of -0.05 to -0.5 it was
+# -0.5 (zscore; benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
 # loss then has no lower bound, and no KL term holds the model near the pretrained one; what
@@ -759,10 +763,11 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
 
 
 # The functions of simplex are the same in the RL scripts, gempo_{exp,square,neg}.py, where q are
-# action values. Here q are the rewards, temp is lambda, and N, B are n, G. In solve_normalizer_*,
-# ranks go down from the best reward, and k is the number of active samples, those above the floor.
-# Sample k is active if, with nu such that its own weight just sits on the floor, and so all lower
-# ones, the weights sum to at most one. For that, with x_1 >= x_2 >= ... the sorted rewards:
+# action values. Here q are the rewards, temp is lambda, kappa --target-kl, and N, B are n, G. In
+# solve_normalizer_*, ranks go down from the best reward, and k is the number of active samples, those
+# above the floor. To test sample k, let nu be such that its weight is the floor; then all lower ones
+# are on the floor, too. It is active if the weights then sum to at most one. For that, with
+# x_1 >= x_2 >= ... the sorted rewards:
 #
 #     neg     excess_k = sum_{i<=k} (x_i - x_k)          is at most lambda (1 - ell)
 #     square  excess_k = sum_{i<=k} (z_i - z_k)^2        is at most 1, with z = x / lambda
@@ -840,7 +845,7 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 
 
 # ========================================== FINE-TUNING ==========================================
-# Of log lambda, in simplex. Adam moves it by about the rate, 0.03, an update: from lambda = 1 a
+# The optimizer of simplex's log lambda. Adam moves it by about the rate, 0.03, an update: from lambda = 1 a
 # hundred updates reach 0.05 to 20, which suits rewards whose std in a group is near 1.
 LAMBDA_OPTIMIZER = optax.adam(0.03)
 
@@ -870,8 +875,8 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
     Adam does not see a constant scale of the weights, but the clip does. For linear, square and neg of
-    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3); for all others
-    it is one or less.
+    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3), so that larger
+    groups are clipped more often; for all others it is one or less.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
@@ -879,7 +884,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def weighted_loss(denoiser: Model, tokens, weights, key, args: Args) -> jax.Array:
     """Reweighted denoising (equation 8) per letter of tokens (G, n, L) with weights (G, n).
 
-    A sum over the n of a group and a mean over groups: zscore's weights need not sum to one.
+    A sum over the n of a group, not divided by the sum of the weights, and a mean over groups.
     """
     repeated = jnp.broadcast_to(tokens, (args.times_per_sample, *tokens.shape))
     nats = denoising_loss(denoiser, repeated, key).mean(axis=0)  # (G, n)
