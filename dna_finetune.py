@@ -84,7 +84,7 @@ class Args:
     split_column: str | None = None  # data_path: rows with the same entry here share an oracle
     sequence_length: int = 200  # letters of a sequence (L); longer and shorter ones are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # denoiser to start from; the flags up to pretrain_* are idle
+    denoiser_path: str | None = None  # start from it; hidden_dim to pretrain_decay do nothing then
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 2_000  # updates of the pretraining
@@ -95,7 +95,7 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # the authors' here; weights that sum to 1
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # simplex: weights sum to 1 (theory)
     ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in mean weights
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
     target_kl: float = 1.5  # KL of the weights from uniform, in nats; simplex only
@@ -155,6 +155,8 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) >= lowest, f"a whole number, at least {lowest}")
     for flag in ("seed", "data_seed"):
         require(args, flag, getattr(args, flag) < 2**32, "below 2**32")
+    is_file_name = not set(args.exp_name) & set("/\\:")
+    require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
@@ -239,7 +241,7 @@ def read_data(args: Args) -> Data:
     is_eval_half = is_eval_group[group_numbers]
     sizes = len(sequences) - is_eval_half.sum(), is_eval_half.sum()
     if min(sizes) < 100:
-        found = f"its halves, of {len(names)} groups, have {sizes[0]} and {sizes[1]}"
+        found = f"its halves (groups: {len(names)}) have {sizes[0]} and {sizes[1]} rows"
         raise SystemExit(f"--data-path {path}: 100 such rows in each half are needed; {found}")
     return Data(encode(sequences), np.float32(activities), is_eval_half)
 
@@ -447,7 +449,7 @@ def mask_chance(t: jax.Array) -> jax.Array:
 
 
 def denoising_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
-    """l(x) (..., n), an estimate of a bound on -log p(x) in nats, of tokens (..., n, L).
+    """loss(x) (..., n), an estimate of a bound on -log p(x) in nats, of tokens (..., n, L).
 
     Each sequence is masked at one time. The n times of a batch or a group are stratified: one lies
     in each n-th of (0, 1), which makes their mean less noisy than n independent ones. The factor 1/t
@@ -1064,14 +1066,15 @@ def main(args: Args) -> dict:
     """Fine-tune, write everything to runs/{run}, and return the metrics."""
     check_args(args)
     saved_leaves = None
-    if args.resume:
+    if args.resume is not None:
         args, saved_leaves = load_checkpoint(args.resume)
     setup = prepare(args)
-    run = RunFolder(args, args.weighting)
-    before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
     state = create_state(args, setup.denoiser)
     if saved_leaves is not None:
-        state = restore(state, saved_leaves, run.path)
+        state = restore(state, saved_leaves, args.resume)
+    run = RunFolder(args, args.weighting)
+    before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
+    if args.resume is not None:
         run.rewind_log(state.update)
     denoiser = finetune(args, setup, state, run)
     after = draw_samples(denoiser, args)
@@ -1129,11 +1132,11 @@ def load_checkpoint(resume: str) -> tuple[Args, list]:
         raise SystemExit(f"{path} is no checkpoint of this script: {one_line(error)}") from None
 
 
-def restore(state: State, saved_leaves: list, path: pathlib.Path) -> State:
+def restore(state: State, saved_leaves: list, resume: str) -> State:
     """The checkpointed state; exits with one line if it is of another model than `state`."""
     leaves, structure = jax.tree.flatten(state)
     if [np.shape(leaf) for leaf in leaves] != [np.shape(leaf) for leaf in saved_leaves]:
-        raise SystemExit(f"{path}/checkpoint cannot be used: its denoiser has another size")
+        raise SystemExit(f"{resume}/checkpoint cannot be used: its denoiser has another size")
     return jax.tree.unflatten(structure, saved_leaves)
 
 

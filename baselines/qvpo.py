@@ -86,7 +86,7 @@ class Hyperparameters:
     entropy_weight: float = 0.01  # weight of each random action over the best particle's
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
     act_best_of: int = 1  # samples per action in training; the critics choose
-    td_best_of: int | None = None  # samples per TD target, chosen by its critics; None: by env_id
+    td_best_of: int | None = None  # samples per TD target; target critics choose; None: by env_id
     eval_best_of: int = 32  # samples per action in evaluation; the critics choose
 
 
@@ -869,7 +869,7 @@ class RunFolder:
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
-            stop_tracking(self.args)
+            stop_tracking(self.args, exit_code=0 if error_type is None else 1)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; a second one ends the process without more ado."""
@@ -1180,12 +1180,15 @@ def start_tracking(args: Args, name: str) -> None:
         raise SystemExit(f"--track fails: {one_line(error)}") from None
 
 
-def stop_tracking(args: Args) -> None:
-    """With --track, end the run: another one in this process begins its own."""
+def stop_tracking(args: Args, exit_code: int) -> None:
+    """With --track, end the run, which has failed unless `exit_code` is 0.
+
+    Another run in this process then begins one of its own.
+    """
     if args.track:
         import wandb
 
-        wandb.finish()
+        wandb.finish(exit_code=exit_code)
 
 
 def hyperparameters_table(args: Args) -> str:

@@ -10,7 +10,8 @@ interquartile mean over seeds and its interval at every step.
 
 A variant is a script with its flags, and is named after the flags in which the runs of that script in
 an environment differ, without those that change no learning (NOT_LEARNING). A curve ends where its
-shortest run does. SAC's returns are those of Table 2 of the paper (arXiv 2603.10250).
+shortest run does. A run that two of the paths hold counts as the later one has it. SAC's returns are
+those of Table 2 of the paper (arXiv 2603.10250).
 """
 
 import csv
@@ -164,7 +165,7 @@ def replace_runs(old: list[Evaluation], new: list[Evaluation], origin) -> list[E
     new_runs = {run_of(row) for row in new}
     kept = [row for row in old if run_of(row) not in new_runs]
     if len(kept) < len(old):
-        what = "an older run of the same script, environment, seed and flags"
+        what = "an earlier run of the same script, environment, seed and flags"
         print(f"{origin} replaces {what}", file=sys.stderr)
     return kept + new
 

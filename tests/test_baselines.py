@@ -616,7 +616,7 @@ def dacer_reference(agent, batch, done):
         "charts/q_std": std.mean(),
         "charts/alpha": alpha,
         "charts/clipped_share": np.mean(np.abs(actions) > 0.999),
-        "charts/entropy": float(slow["log_alpha"]["charts/entropy"]),
+        "charts/entropy": float(slow["log_alpha_metrics"]["charts/entropy"]),
     }
 
 
@@ -1204,7 +1204,7 @@ def test_dacer_alpha_moves_at_its_interval_alone_and_toward_the_target_entropy()
         if is_due:
             excess = float(done.metrics["charts/entropy"]) + 0.9 * ACTION_DIM
             assert change * excess < 0
-            last = agent.slow_params["log_alpha"]["charts/entropy"]
+            last = agent.slow_params["log_alpha_metrics"]["charts/entropy"]
             assert float(last) == float(done.metrics["charts/entropy"])
 
 

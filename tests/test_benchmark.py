@@ -640,7 +640,7 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
         ["td3", "Hopper-v5", "3", "10", "4.0", "CPU", "def", "--tau 0.1"],
     ]
     first = capsys.readouterr()
-    assert "replaces an older run" in first.err
+    assert "replaces an earlier run" in first.err
     assert (figures / "Hopper-v5.png").stat().st_size > 5_000
     plot.main(plot.Args(paths=(table,)))
     assert capsys.readouterr().out == first.out

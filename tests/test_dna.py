@@ -481,10 +481,12 @@ def test_bad_files_end_in_one_line(tmp_path):
     assert "end" in line(tmp_path / "e.csv.gz")
     rows = [(*row, "chr1") for row in random_rows(300)]
     same = write_table(tmp_path / "s.csv", rows, ("seq", "hepg2", "chr"))
-    assert "its halves, of 1 groups, have 300 and 0" in line(same, split_column="chr")
+    assert "its halves (groups: 1) have 300 and 0 rows" in line(same, split_column="chr")
     rows[0] = (*rows[0][:2], "chr2")
     lopsided = write_table(tmp_path / "l.csv", rows, ("seq", "hepg2", "chr"))
-    assert re.search("of 2 groups, have (1 and 299|299 and 1)", line(lopsided, split_column="chr"))
+    assert re.search(
+        r"\(groups: 2\) have (1 and 299|299 and 1) rows", line(lopsided, split_column="chr")
+    )
 
 
 # --------------------------------------- DRAKES checkpoints ---------------------------------------
@@ -803,6 +805,7 @@ def test_what_cannot_be_resumed_ends_in_one_line(inside):
 
     assert "runs/none/checkpoint cannot be used: [Errno 2] No such file" in line("runs/none")
     assert "--resume must be the only flag" in line(run, seed=3)
+    assert "checkpoint cannot be used: [Errno 2] No such file" in line("")
     copy = inside / "copy"
     copy.mkdir()
     (copy / "checkpoint").write_bytes((run / "checkpoint").read_bytes()[:-100])
@@ -871,6 +874,9 @@ def test_a_reward_gets_jax_arrays_in_the_evaluation_too_and_keeps_its_traceback(
     tokens = np.zeros((8, 48), np.uint8)
     monkeypatch.setattr(dna, "compute_reward", lambda tokens, _: tokens.at[:, 0].set(2)[:, 0])
     np.testing.assert_array_equal(dna.checked_reward(tokens, setup), np.full(8, 2.0))
+    assert dna.compute_metrics(tokens, setup, dna.Args(**TINY))["reward"] == 2
+    guidance = dna_guidance.Args(**TINY | dict(method="best_of_n", eval_samples=2))
+    assert dna_guidance.sample_best_of_n(setup, guidance).shape == (2, 48)
 
     def fail(tokens, setup):
         raise ConnectionError("no answer")
@@ -918,6 +924,7 @@ REFUSED = {
     "--checkpoint-frequency must be a whole number, at least 1": {"checkpoint_frequency": 0},
     "--seed must be a whole number, at least 0": {"seed": -1},
     "--seed must be below 2": {"seed": 2**32},
+    "--exp-name must be a part of a file's name": {"exp_name": "a/b"},
     "--data-seed must be below 2": {"data_seed": 2**63},
 }
 

@@ -16,7 +16,7 @@ import threading
 import tokenize
 import tomllib
 import types
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import gymnasium as gym
 import helpers
@@ -708,17 +708,21 @@ def test_wandb_follows_the_tensorboard_writer_and_goes_on_with_a_resumed_run(tmp
         monkeypatch.setattr(event_file_writer, "EventFileWriter", FollowedWriter)
 
     wandb.init = init
-    wandb.finish = lambda: calls.append("finish")
+    wandb.finish = lambda exit_code: calls.append(exit_code)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     args = GEMPO.Args(track=True, wandb_entity="team")
     GEMPO.check_args(args)
     with GEMPO.RunFolder(args, 0) as run:
         assert calls[1:] == []
-    call, end = calls
-    assert end == "finish" and followed == [str(run.path)]
+    call, exit_code = calls
+    assert exit_code == 0 and followed == [str(run.path)]
     assert call["sync_tensorboard"] and call["resume"] == "allow" and call["entity"] == "team"
     assert call["name"] == call["id"] == only_run(tmp_path).name
     assert call["config"] == asdict(args)
+    other = replace(args, exp_name="other")
+    with pytest.raises(SystemExit), GEMPO.RunFolder(other, 0) as run:
+        run.require_finite(1, rewards=NAN)
+    assert calls[-1] == 1  # to wandb, this run has failed
 
 
 def test_a_refused_wandb_run_ends_in_one_line(tmp_path, monkeypatch):
