@@ -87,7 +87,7 @@ class Args:
     denoiser_path: str | None = None  # start from it; hidden_dim to pretrain_decay do nothing then
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
-    pretrain_steps: int = 2_000  # updates of the pretraining
+    pretrain_steps: int = 6_000  # updates of the pretraining
     pretrain_batch_size: int = 128  # sequences per update of the pretraining
     pretrain_lr: float = 4e-3  # its learning rate (Adam)
     pretrain_warmup: int = 50  # updates over which the rate rises from 0
