@@ -30,9 +30,9 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
 as if it had never stopped, on the same machine with as many threads, as long as this file and the
-files that its flags name have not changed. Only the fine-tuning has checkpoints, one every 20
-updates. Stopped before the first, give the command again: the models that were done by then are in
-the cache.
+files that its flags name have not changed. Only the fine-tuning has checkpoints, one every
+--checkpoint-frequency updates. Stopped before the first, give the command again: the models that
+were done by then are in the cache.
 
 Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
 """
@@ -847,8 +847,8 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 
 
 # ========================================== FINE-TUNING ==========================================
-# The optimizer of simplex's log lambda. Adam moves it by about the rate, 0.03, an update: from lambda = 1 a
-# hundred updates reach 0.05 to 20, which suits rewards whose std in a group is near 1.
+# The optimizer of simplex's log lambda. Adam moves it by about the rate, 0.03, an update: from
+# lambda = 1 a hundred updates reach 0.05 to 20, which suits rewards whose std in a group is near 1.
 LAMBDA_OPTIMIZER = optax.adam(0.03)
 
 
@@ -877,8 +877,8 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
     Adam does not see a constant scale of the weights, but the clip does. For linear, square and neg of
-    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3), so that larger
-    groups are clipped more often; for all others it is one or less.
+    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3), so that the
+    clip may act in larger groups; for all others it is one or less.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
