@@ -99,6 +99,7 @@ class Args(Hyperparameters):
     save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
     checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
     resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    extend_to: int | None = None  # a resumed run's new total_timesteps; None: as it was
     env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
     num_envs: int = 1  # environments stepped side by side (E)
     total_timesteps: int = 1_000_000  # environment steps in all, counted over all environments
@@ -127,7 +128,7 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
-    require(args, "seed", args.seed < 2**32, "below 2**32")
+    require(args, "seed", args.seed < 2**31, "below 2**31")
     is_file_name = not set(args.exp_name) & set("/\\:")
     require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
@@ -145,6 +146,10 @@ def check_args(args: Args) -> None:
     require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
     at_most = f"at most --buffer-size, {args.buffer_size}"
     require(args, "num_envs", args.num_envs <= args.buffer_size, at_most)
+    has_evaluations = args.eval_frequency > 0
+    require(args, "capture_video", has_evaluations or not args.capture_video, "off: no evaluations")
+    is_used = args.extend_to is None or args.resume is not None
+    require(args, "extend_to", is_used, "left out without --resume")
     has_wandb = importlib.util.find_spec("wandb") is not None
     require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
 
@@ -191,13 +196,19 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
             f"--env-id {env_id} has observations {obs_space}, of which gymnasium's "
             "FlattenObservation cannot make a Box: wrap the environment"
         )
-    is_box = isinstance(action_space, gym.spaces.Box)
-    if not (is_box and len(action_space.shape) == 1 and action_space.is_bounded()):
+    is_box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    is_continuous = is_box and np.issubdtype(action_space.dtype, np.floating)
+    is_bounded = is_box and action_space.is_bounded()
+    if not (is_continuous and is_bounded and (action_space.low < action_space.high).all()):
         raise SystemExit(
-            f"--env-id {env_id} has actions {action_space}, which must be a bounded Box with one "
-            "axis: wrap the environment in a gymnasium.ActionWrapper"
+            f"--env-id {env_id} has actions {action_space}, which must be a bounded Box of floats "
+            "with one axis and low < high: wrap the environment in a gymnasium.ActionWrapper"
         )
-    env = gym.wrappers.RecordEpisodeStatistics(env)
+    # An environment that has statistics of its own has them in info["episode"].
+    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="whole_episode")
+    # Scaled, -1 and 1 may lie outside of the bounds by a rounding error.
+    clip = partial(np.clip, a_min=action_space.low, a_max=action_space.high)
+    env = gym.wrappers.TransformAction(env, clip, action_space)
     # Bounds in float32, or the rescaled space's actions would be float64.
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -227,8 +238,8 @@ def episode_charts(infos: dict, index: int) -> dict[str, float]:
     """
     final = infos["final_info"]
     charts = {
-        "charts/episodic_return": final["episode"]["r"][index],
-        "charts/episodic_length": final["episode"]["l"][index],
+        "charts/episodic_return": final["whole_episode"]["r"][index],
+        "charts/episodic_length": final["whole_episode"]["l"][index],
     }
     own_charts = final.get("charts", {})
     for name, values in own_charts.items():
@@ -763,6 +774,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
     """Act, learn, step the environments and log, until `total_timesteps` or a signal."""
     _, act_key, update_key = run_keys(args.seed)
     eval_envs = make_eval_envs(args, run.path, state.step)
+    run.require_finite(state.step, observations=state.obs)
     while state.step < args.total_timesteps and not run.stop_signal:
         before, agent, buffer, envs, obs, transitions = state
         step = before + args.num_envs  # environment steps made by the end of this round
@@ -808,6 +820,8 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
             scores = evaluate(agent, eval_envs, args.seed + EVAL_SEED_STRIDE * step, run)
             run.require_finite(step, **scores)
             run.log(step, scores)
+            if args.capture_video:
+                run.save_video(step, eval_envs[0])
         if is_due(args.checkpoint_frequency, before, step):
             run.save(state)
         run.show_progress(step)
@@ -819,8 +833,11 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
 
 def main(args: Args) -> Agent:
     """Train an agent, or go on training one, and return it; after a signal, exit with its code."""
+    is_extended = args.extend_to is not None
     args, state = (args, create_state(args)) if args.resume is None else load_state(args)
     with RunFolder(args, state.step) as run:
+        if is_extended:
+            run.save(state)  # with the new length, which a crash can then not undo
         agent = train(args, state, run)
     if run.stop_signal:
         raise SystemExit(128 + run.stop_signal)
@@ -835,7 +852,7 @@ class RunFolder:
     """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
 
     One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
-    `train` ends after the step it is in; a second one ends the process at once.
+    `train` ends after the step it is in; one more, a second later, ends the process at once.
     """
 
     def __init__(self, args: Args, first_step: int):
@@ -843,25 +860,23 @@ class RunFolder:
         self.stop_signal = 0
         self.saved_step = first_step if args.resume else None
         env_name = args.env_id.replace("/", "-").replace(":", "-")
-        name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.path = pathlib.Path(args.resume or f"runs/{name}")
+        name = f"{env_name}__{args.exp_name}__{args.seed}"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path = pathlib.Path(args.resume) if args.resume else create_folder(name)
             self.lock = lock_folder(self.path)
             start_tracking(args, self.path.name)
             # Found in its module only now: wandb, to follow it, has put another class in its place.
             self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
-            raise SystemExit(f"{self.path} {what}: {one_line(error)}") from None
+            raise SystemExit(f"{args.resume or 'runs'} {what}: {one_line(error)}") from None
         if args.resume:
             # TensorBoard drops what earlier files say of this step and later ones.
             start = SessionLog(status=SessionLog.START)
-            event = Event(step=first_step + 1, session_log=start)
-        else:
-            event = Event(summary=text_pb("hyperparameters", hyperparameters_table(args)))
-        event.wall_time = time.time()
-        self.writer.add_event(event)
+            event = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+            self.writer.add_event(event)
+        table = text_pb("hyperparameters", hyperparameters_table(args))
+        self.writer.add_event(Event(wall_time=time.time(), step=first_step, summary=table))
         self.start_progress(first_step)
 
     def __enter__(self):
@@ -885,10 +900,16 @@ class RunFolder:
             stop_tracking(self.args, exit_code=0 if error_type is None else 1)
 
     def receive_signal(self, number, frame):
-        """The first signal asks `train` to stop; a second one ends the process without more ado."""
-        if self.stop_signal:
+        """The first signal asks `train` to stop; one more than a second later ends the process.
+
+        Sooner it does nothing: timeout(1) and batch systems send the same signal twice.
+        """
+        now = time.monotonic()
+        if not self.stop_signal:
+            self.stop_signal = number
+            self.signal_time = now
+        elif now > self.signal_time + 1:
             os._exit(128 + number)
-        self.stop_signal = number
 
     # ------------------------------------------- log -------------------------------------------
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -991,12 +1012,21 @@ class RunFolder:
         try:
             self.writer.flush()  # the log is never behind a checkpoint
             folder.mkdir(exist_ok=True)
+            for unfinished in folder.glob("*.tmp"):  # of a process that was killed while it saved
+                unfinished.unlink()
             write_file(folder / str(state.step), content)
             for old_step in checkpoint_steps(folder)[:-2]:
                 (folder / str(old_step)).unlink()
         except OSError as error:
             self.stop(state.step, error)
         self.saved_step = state.step
+
+    def save_video(self, step: int, env: gym.Env) -> None:
+        """Write the film of an evaluation; its wrapper would keep it in memory until the next one."""
+        try:
+            env.get_wrapper_attr("stop_recording")()
+        except OSError as error:
+            self.stop(step, error)
 
     def finish(self, state: State) -> None:
         """The last checkpoint, and the saved model."""
@@ -1071,14 +1101,18 @@ def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
 
 def load_state(args: Args) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
-    is_alone = args == Args(resume=args.resume)
-    require(args, "resume", is_alone, "the only flag, since a run keeps its flags")
+    is_alone = args == Args(resume=args.resume, extend_to=args.extend_to)
+    require(args, "resume", is_alone, "the only flag but for --extend-to: a run keeps its flags")
     require(args, "resume", os.path.isdir(args.resume), "the folder of a run")
     content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
         raise SystemExit(
             f"--resume {args.resume} must hold a checkpoint; it holds a saved model only"
         )
+    if args.extend_to is not None:
+        at_least = f"at least the run's --total-timesteps, {saved_args.total_timesteps}"
+        require(args, "extend_to", args.extend_to >= saved_args.total_timesteps, at_least)
+        saved_args = replace(saved_args, total_timesteps=args.extend_to)
     args = replace(saved_args, resume=args.resume)
     check_args(args)
     choose_renderer(args)
@@ -1097,23 +1131,26 @@ def load_state(args: Args) -> tuple[Args, State]:
     except Exception:  # of any kind; they are None where they could not be pickled
         print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
         envs = make_envs(args.env_id, args.num_envs)
-        envs.action_space.seed(args.seed + step)
-        obs, _ = envs.reset(seed=args.seed + step)
+        seed = (args.seed + step) % 2**31
+        envs.action_space.seed(seed)
+        obs, _ = envs.reset(seed=seed)
     return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
 
 
 def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
     """The environments with simulators and random generators; None if one cannot be pickled.
 
-    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept.
+    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept, but for
+    environments that say themselves how they are to be pickled.
     """
+    usual_ways = (object.__getstate__, gym.utils.EzPickle.__getstate__)
 
     def set_attributes(env, attributes):
         vars(env).update(attributes)
 
     class EnvironmentPickler(cloudpickle.Pickler):
         def reducer_override(self, value):
-            if isinstance(value, gym.Env):
+            if isinstance(value, gym.Env) and type(value).__getstate__ in usual_ways:
                 # Constructor, its arguments, state, list and dict items (none), how to set the state.
                 return object.__new__, (type(value),), vars(value), None, None, set_attributes
             return super().reducer_override(value)
@@ -1144,7 +1181,7 @@ def find_file(path: pathlib.Path) -> pathlib.Path:
 
 def write_file(path: pathlib.Path, content: dict) -> None:
     """Write plain data, whole or not at all: the file gets its name once it is on the disk."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             # Level 0 does not compress; gzip is here for its checksum, which `load_content` checks.
@@ -1155,6 +1192,18 @@ def write_file(path: pathlib.Path, content: dict) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # it is still there if the disk was full
+
+
+def create_folder(name: str) -> pathlib.Path:
+    """A new folder runs/{name}__{seconds since 1970}; the next second if another run has taken it."""
+    second = int(time.time())
+    while True:
+        path = pathlib.Path(f"runs/{name}__{second}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            second += 1
 
 
 def lock_folder(folder: pathlib.Path):

@@ -160,6 +160,54 @@ class MatrixActions(Probe):
     action_space = gym.spaces.Box(-1, 1, (2, 3))
 
 
+class IntegerActions(Probe):
+    action_space = gym.spaces.Box(-5, 5, (2,), np.int32)
+
+
+class OneAction(Probe):
+    action_space = gym.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))
+
+
+class RefusesOtherActions(Probe):
+    """Between -1 and 1, scaled in float32, there are actions just outside of these bounds."""
+
+    action_space = gym.spaces.Box(np.float32([0.4]), np.float32([5.1]))
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return super().step(action)
+
+
+class OwnStatistics(Counting):
+    """Reports an episode of its own, like an environment in gymnasium's RecordEpisodeStatistics."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, info | {"episode": {"r": -1.0, "l": -1}}
+
+
+class OwnPickling(Counting):
+    """Has a connection that must be opened anew; `connections` counts those that were."""
+
+    connections = itertools.count()
+
+    def __init__(self):
+        super().__init__()
+        self.connection = next(self.connections)
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "connection"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.connection = next(self.connections)
+
+
+class StartsWithNaN(Probe):
+    def show(self):
+        return np.nan if self.steps == 0 else 0.0
+
+
 class DictActions(Probe):
     action_space = gym.spaces.Dict(torque=BOX_1)
 
@@ -172,6 +220,7 @@ class FailsAtOnce(Probe):
 PROBES = [ConstantReward, ObservedReward, DelayedReward, ObservedAction, Truncated, Counting]
 PROBES += [CountingTruncated, Staggered, StaggeredTruncated, OwnCharts, Endless, DictObservations]
 PROBES += [TupleObservations, MatrixObservations, SequenceObservations, UnboundedActions]
-PROBES += [MatrixActions, DictActions, FailsAtOnce]
+PROBES += [MatrixActions, DictActions, FailsAtOnce, IntegerActions, OneAction]
+PROBES += [RefusesOtherActions, OwnStatistics, OwnPickling, StartsWithNaN]
 for probe in PROBES:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

@@ -22,6 +22,8 @@ from conftest import ROOT
 from helpers import SCRIPTS, command_line, only_run, read_scalars
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from benchmark import plot
+
 TINY = dict(env_id="InvertedPendulum-v5", total_timesteps=2400, learning_starts=60, hidden_dim=16)
 TINY |= dict(num_particles=2, diffusion_steps=2, batch_size=8, buffer_size=1000)
 TINY |= dict(eval_frequency=300, eval_episodes=1, eval_best_of=2, checkpoint_frequency=100)
@@ -227,6 +229,48 @@ def test_a_finished_run_resumes_to_nothing_and_saves_its_model(tmp_path, short):
     assert_same_arrays(jax.tree.leaves(agent), read_checkpoint(short)["leaves"])
 
 
+def test_an_extended_run_ends_like_one_that_was_longer_from_the_first(tmp_path, monkeypatch, short):
+    monkeypatch.chdir(tmp_path)
+    SCRIPT.main(SCRIPT.Args(**TINY | dict(total_timesteps=200, num_envs=2)))
+    run = only_run(tmp_path)
+    assert steps_of(run)[-1] == 200
+    expected = "--extend-to must be at least the run's --total-timesteps, 200, got 100"
+    assert refusal(run, extend_to=100) == expected
+    SCRIPT.main(SCRIPT.Args(resume=str(run), extend_to=300))
+    assert values_of(run) == values_of(short)
+    assert_same_end(run, short)
+    args, _ = SCRIPT.load_agent(run)
+    assert args.total_timesteps == 300 and args.extend_to is None
+    series, hyperparameters = plot.read_events(run, "eval/episodic_return")
+    assert hyperparameters["total_timesteps"] == "300"
+    SCRIPT.main(SCRIPT.Args(resume=str(run)))  # finished: nothing is left to do
+    assert values_of(run) == values_of(short)
+
+
+def test_an_extension_outlives_a_kill_before_the_next_checkpoint(tmp_path, monkeypatch, short):
+    run = shutil.copytree(short, tmp_path / "run")
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SCRIPT, "train", kill)
+        SCRIPT.main(SCRIPT.Args(resume=str(run), extend_to=340))
+    assert steps_of(run) == [200, 300]
+    SCRIPT.main(SCRIPT.Args(resume=str(run)))
+    assert steps_of(run)[-1] == 340
+    before = values_of(run)
+    SCRIPT.main(SCRIPT.Args(resume=str(run), extend_to=340))  # as a scheduler would say it again
+    assert values_of(run) == before
+
+
+def test_extend_to_is_for_resumed_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^--extend-to must be left out without --resume, got 9$"):
+        SCRIPT.main(SCRIPT.Args(**TINY | dict(extend_to=9)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_environments_go_on_where_they_were(tmp_path, monkeypatch):
     """Simulator, random generator, episode statistics and wrappers: the same steps follow."""
     monkeypatch.chdir(tmp_path)
@@ -245,7 +289,7 @@ def test_the_environments_go_on_where_they_were(tmp_path, monkeypatch):
         *theirs, their_info = state.envs.step(action)
         assert_same_arrays(ours, theirs)
         if "final_info" in our_info:
-            lengths = [info["final_info"]["episode"]["l"] for info in (our_info, their_info)]
+            lengths = [info["final_info"]["whole_episode"]["l"] for info in (our_info, their_info)]
             np.testing.assert_array_equal(*lengths)
             num_ended += 1
     assert num_ended > 2
@@ -253,7 +297,37 @@ def test_the_environments_go_on_where_they_were(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_an_environment_that_pickles_itself_is_asked_to(tmp_path, monkeypatch):
+    """Its connection is not the old one, which would be closed by then."""
+    monkeypatch.chdir(tmp_path)
+    args = SCRIPT.Args(**TINY | dict(env_id="OwnPickling-v0"))
+    state = SCRIPT.create_state(args)
+    state.envs.step(state.envs.action_space.sample())
+    (env,) = pickle.loads(SCRIPT.pickle_environments(state.envs)).envs
+    (old_env,) = state.envs.envs
+    assert env.unwrapped.steps == old_env.unwrapped.steps == 1
+    assert env.unwrapped.connection > old_env.unwrapped.connection
+
+
 # -------------------------------------------------- signals --------------------------------------------------
+def test_a_signal_that_is_sent_twice_counts_once_and_a_later_one_ends_the_process(
+    tmp_path, monkeypatch
+):
+    """timeout(1) sends SIGTERM to the process and then to its group."""
+    monkeypatch.chdir(tmp_path)
+    exits, now = [], [50.0]
+    monkeypatch.setattr(SCRIPT.os, "_exit", exits.append)
+    with SCRIPT.RunFolder(SCRIPT.Args(), 0) as run:
+        monkeypatch.setattr(SCRIPT.time, "monotonic", lambda: now[0])
+        for seconds in (50.0, 50.01, 50.9):
+            now[0] = seconds
+            run.receive_signal(signal.SIGTERM, None)
+        assert run.stop_signal == signal.SIGTERM and exits == []
+        now[0] = 51.1
+        run.receive_signal(signal.SIGTERM, None)
+    assert exits == [128 + signal.SIGTERM]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, uninterrupted, number, code):
     flags = TINY | dict(num_envs=1, checkpoint_frequency=2300, save_model=True)
@@ -343,7 +417,7 @@ def test_handlers_of_signals_are_given_back_after_a_run(short):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file where the folder should be")
-    line = "^runs/.* cannot be written, or another process is writing it: .*$"
+    line = "^runs cannot be written, or another process is writing it: .*$"
     with pytest.raises(SystemExit, match=line):
         SCRIPT.main(SCRIPT.Args(**TINY))
 
@@ -407,6 +481,17 @@ def test_a_file_has_its_name_only_once_it_is_whole(tmp_path):
     SCRIPT.write_file(file, {"number": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["100"]
     assert pickle.loads(gzip.decompress(file.read_bytes())) == {"number": 3}
+
+
+def test_a_file_may_be_called_tmp_and_what_a_kill_left_is_removed(tmp_path, short):
+    file = tmp_path / "agent.tmp"
+    SCRIPT.write_file(file, {"number": 1})
+    assert pickle.loads(gzip.decompress(file.read_bytes())) == {"number": 1}
+    run = shutil.copytree(short, tmp_path / "run")
+    (run / "checkpoints" / "300").unlink()
+    (run / "checkpoints" / "250.tmp").write_bytes(b"half")
+    SCRIPT.main(SCRIPT.Args(resume=str(run)))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["200", "300"]
 
 
 def test_other_scripts_sizes_flags_and_missing_folders_are_refused(tmp_path, short, monkeypatch):

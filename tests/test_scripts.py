@@ -414,6 +414,11 @@ def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(thr
     assert not [tag for tag in scalars if tag.startswith("charts/_")]
 
 
+def test_an_environment_with_statistics_of_its_own_is_counted_by_ours(three_probes):
+    scalars, ends = three_probes("OwnStatistics-v0")
+    assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
+
+
 # ------------------------------------------------- evaluation ------------------------------------------------
 class Scripted:
     """An episode of given rewards, which records how it is reset."""
@@ -525,6 +530,13 @@ def test_actions_are_scaled_to_one():
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
+def test_scaled_actions_stay_within_the_bounds():
+    env = GEMPO.make_env("RefusesOtherActions-v0")
+    for action in (-1.0, 0.3, 1.0):
+        env.reset(seed=0)
+        env.step(np.float32([action]))
+
+
 @pytest.mark.parametrize(
     ("probe", "expected"),
     [
@@ -552,6 +564,70 @@ def test_video_of_what_cannot_be_drawn_is_refused_in_one_line_that_names_the_fla
     message = stop.value.code
     assert message.startswith("--capture-video with --env-id ConstantReward-v0 fails: ")
     assert "\n" not in message and not list(tmp_path.iterdir())
+
+
+def test_a_video_without_evaluations_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(capture_video=True, eval_frequency=0)
+    with pytest.raises(SystemExit, match="^--capture-video must be off: no evaluations"):
+        GEMPO.main(GEMPO.Args(**TINY | flags))
+    assert not list(tmp_path.iterdir())
+
+
+class Recorder(gym.Wrapper):
+    """Stands for gymnasium's RecordVideo, which keeps an episode's frames until it is stopped."""
+
+    films = []  # of a test: the lengths
+    error = None
+
+    def reset(self, **options):
+        self.length = 0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        self.length += 1
+        return self.env.step(action)
+
+    def stop_recording(self):
+        if self.error:
+            raise self.error
+        self.films.append(self.length)
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *_, **__: Recorder(env))
+    monkeypatch.setattr(gym, "make", lambda env_id, **_: probe_envs.Counting())
+    monkeypatch.setattr(probe_envs.Counting, "render", lambda self: None)
+    monkeypatch.setattr(Recorder, "films", [])
+    return Recorder
+
+
+def test_a_film_is_written_at_the_end_of_its_evaluation(recorder):
+    GEMPO.main(GEMPO.Args(**TINY | dict(capture_video=True)))
+    assert recorder.films == 4 * [4]  # an episode of 4 steps of each of the 4 evaluations
+
+
+def test_a_film_that_fills_the_disk_ends_the_run_in_one_line(recorder, monkeypatch):
+    monkeypatch.setattr(recorder, "error", OSError("No space\nleft"))
+    with pytest.raises(SystemExit, match="^stopped at step .*: No space left; last checkpoint:"):
+        GEMPO.main(GEMPO.Args(**TINY | dict(capture_video=True)))
+
+
+def test_a_first_observation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^stopped at step 0: non-finite observations"):
+        GEMPO.main(GEMPO.Args(**TINY | dict(env_id="StartsWithNaN-v0")))
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GEMPO.time, "time", lambda: 1000.5)
+    paths = [GEMPO.create_folder("neg__1") for _ in range(3)]
+    assert [str(path) for path in paths] == [
+        f"runs/neg__1__{second}" for second in (1000, 1001, 1002)
+    ]
 
 
 def test_mujoco_draws_offscreen_for_a_video_where_there_is_no_display(monkeypatch):
@@ -633,7 +709,7 @@ COUNTS += ["act_best_of", "td_best_of", "eval_best_of", "eval_episodes"]
 NATURALS = ["seed", "learning_starts", "eval_frequency", "checkpoint_frequency"]
 POSITIVES = ["policy_lr", "q_lr", "temperature_lr", "target_kl", "loss_clip", "reward_scale"]
 BAD = [(flag, value) for flag in COUNTS for value in (0, -1)]
-BAD += [(flag, -1) for flag in NATURALS] + [("seed", 2**32)]
+BAD += [(flag, -1) for flag in NATURALS] + [("seed", 2**31)]
 BAD += [(flag, value) for flag in POSITIVES for value in (0.0, -1.0, NAN, INF)]
 BAD += [(flag, value) for flag in ("gamma", "tau") for value in (-0.1, 1.1, NAN)]
 BAD += [("additive_noise", value) for value in (-0.1, NAN, INF)]
@@ -642,7 +718,7 @@ BAD += [("learning_starts", TINY["total_timesteps"]), ("num_envs", TINY["buffer_
 BAD += [("target_kl", 0.7), ("buffer_size", 10**12)]
 BAD_IDS = ["NoSuchThing-v0", "no_such_module:Thing-v0", "", "CartPole-v1", "FrozenLake-v1"]
 BAD_IDS += ["SequenceObservations-v0", "UnboundedActions-v0", "MatrixActions-v0"]
-BAD_IDS += ["DictActions-v0", "FailsAtOnce-v0"]
+BAD_IDS += ["DictActions-v0", "FailsAtOnce-v0", "IntegerActions-v0", "OneAction-v0"]
 BAD += [("env_id", env_id) for env_id in BAD_IDS]
 BAD += [("exp_name", name) for name in ("ablation/neg", "a:b", "a\\b")]
 
@@ -675,6 +751,8 @@ def test_what_is_no_runs_folder_is_not_resumed(tmp_path, monkeypatch, path):
         ("UnboundedActions-v0", r"actions Box\(-inf, inf, \(1,\), float32\).*ActionWrapper"),
         ("MatrixActions-v0", r"actions Box\(-1.0, 1.0, \(2, 3\), float32\).*ActionWrapper"),
         ("DictActions-v0", r"actions Dict\('torque'.*ActionWrapper"),
+        ("IntegerActions-v0", r"actions Box\(-5, 5, \(2,\), int32\).*Box of floats"),
+        ("OneAction-v0", r"actions Box\(\[0. 1.\], 1.0, \(2,\), float32\).*low < high"),
         ("CartPole-v1", r"actions Discrete\(2\).*ActionWrapper"),
         ("FailsAtOnce-v0", "fails: no licence for this simulator"),
     ],
