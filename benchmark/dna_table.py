@@ -5,7 +5,8 @@
     python benchmark/dna_table.py benchmark/results/dna/metrics.csv
 
 Folders without metrics.json (unfinished runs) are left out and named. A number is the mean over
-seeds ± its standard error; the runs of a weighting must have equal flags but for the seed.
+seeds ± its standard error; the runs of a weighting must have equal flags but for the seed. All runs
+must have equal flags of data, pretraining and sampling, which earlier CSV files do not tell.
 """
 
 import csv
@@ -37,6 +38,11 @@ PAPER = {
 # Flags that may differ between the runs of a weighting.
 OWN = ("script", "weighting", "method", "ell", "seed", "exp_name", "cache_path", "resume")
 OWN += ("checkpoint_frequency",)
+# Flags that the samples before the fine-tuning depend on.
+PRETRAINED = ("data_seed", "data_path", "sequence_column", "activity_column", "split_column")
+PRETRAINED += ("sequence_length", "data_size", "denoiser_path", "hidden_dim", "num_layers")
+PRETRAINED += ("pretrain_steps", "pretrain_batch_size", "pretrain_lr", "pretrain_warmup")
+PRETRAINED += ("pretrain_decay", "oracle_dim", "oracle_steps", "sample_steps", "eval_samples")
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,16 @@ def read_run(folder: pathlib.Path) -> list[dict]:
         name = f"neg({args['ell']:g})"
     if args.get("normalizer") == "simplex":
         name += ", simplex"
-    flags = [f"{flag}={value}" for flag, value in args.items() if flag not in OWN]
-    before = {"name": "pretrained", "seed": args["seed"], "flags": ""} | metrics["pretrained"]
-    after = {"name": name, "seed": args["seed"], "flags": " ".join(flags)} | metrics["finetuned"]
-    return [before, after]
+    flags = join_flags({flag: value for flag, value in args.items() if flag not in OWN})
+    first_flags = join_flags({flag: args[flag] for flag in PRETRAINED if flag in args})
+    before = {"name": "pretrained", "seed": args["seed"], "flags": first_flags}
+    after = {"name": name, "seed": args["seed"], "flags": flags}
+    return [before | metrics["pretrained"], after | metrics["finetuned"]]
+
+
+def join_flags(flags: dict) -> str:
+    """`flag=value` of all flags, with spaces between."""
+    return " ".join(f"{flag}={value}" for flag, value in flags.items())
 
 
 def read_path(path: pathlib.Path) -> list[dict]:
@@ -79,16 +91,36 @@ def read_path(path: pathlib.Path) -> list[dict]:
     return rows
 
 
+def get_metrics(row: dict) -> list[float | None]:
+    """The row's metrics, None for those that it has not."""
+    return [row.get(column) for column in COLUMNS]
+
+
+def require_equal_flags(row: dict, other: dict) -> None:
+    """Raise ValueError, with the flags that differ, unless two rows of a name have the same ones."""
+    flags = row["flags"].split()
+    other_flags = other["flags"].split()
+    own = [flag for flag in flags if flag not in other_flags]
+    others = [flag for flag in other_flags if flag not in flags]
+    if own or others:
+        differences = f"{' '.join(own) or 'nothing'} instead of {' '.join(others) or 'nothing'}"
+        runs = f"{row['name']}, seed {row['seed']}, has other flags than seed {other['seed']}"
+        raise ValueError(f"{runs}: {differences}")
+
+
 def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
     """The rows of all paths, one of each name and seed; exits with one line where two disagree."""
     rows = {}
+    first_rows = {}  # the first one of each name, among those with flags
     for path in paths:
         try:
             for row in read_path(path):
+                if row.get("flags"):
+                    require_equal_flags(row, first_rows.setdefault(row["name"], row))
                 other = rows.setdefault((row["name"], row["seed"]), row)
-                if other != row:
+                if get_metrics(row) != get_metrics(other):
                     run = f"{row['name']}, seed {row['seed']},"
-                    raise ValueError(f"another run of {run} has other flags or metrics")
+                    raise ValueError(f"another run of {run} has other metrics")
         except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
     if not rows:
@@ -126,12 +158,22 @@ def main(args: Args) -> None:
     rows = read_rows(args.paths)
     print(make_table(rows))
     if args.to_csv:
-        columns = ["name", "seed", *COLUMNS, "flags"]
-        with open(args.to_csv, "w", newline="") as file:
-            options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
-            writer = csv.DictWriter(file, columns, **options)
-            writer.writeheader()
-            writer.writerows(rows)
+        try:
+            write_csv(args.to_csv, rows)
+        except OSError as error:
+            what = "must be a file that can be written"
+            raise SystemExit(f"--to-csv {what}, got {args.to_csv}: {error}") from None
+
+
+def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
+    """Write the rows to a CSV file that `read_path` reads; its folder is made."""
+    columns = ["name", "seed", *COLUMNS, "flags"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+        writer = csv.DictWriter(file, columns, **options)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

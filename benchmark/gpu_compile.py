@@ -29,7 +29,6 @@ kernels; the wait for its predicate is not counted.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -44,6 +43,8 @@ from dataclasses import dataclass, field
 import tyro
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmark.sweep import is_training_script, load_script  # noqa: E402 (the line above finds it)
 
 # ============================================= GPUS ==============================================
 
@@ -434,21 +435,7 @@ def set_environment() -> None:
 def find_scripts() -> list[pathlib.Path]:
     """The repository's scripts that have a `train_step` and an `act`."""
     paths = sorted(ROOT.glob("gempo_*.py")) + sorted(ROOT.glob("baselines/*.py"))
-    scripts = []
-    for path in paths:
-        text = path.read_text()
-        if "\ndef train_step(agent" in text and "\ndef act(agent" in text:
-            scripts.append(path)
-    return scripts
-
-
-def load_script(path: pathlib.Path):
-    """A script as a module, wherever it lies."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = script
-    spec.loader.exec_module(script)
-    return script
+    return [path for path in paths if is_training_script(path)]
 
 
 def describe_gpu(gpu: GPU):
@@ -576,6 +563,9 @@ def main(args: Args) -> None:
     for path in args.scripts:
         if not path.is_file():
             raise SystemExit(f"scripts must be files, got {path}")
+        if not is_training_script(path):
+            allowed = ", ".join(str(script.relative_to(ROOT)) for script in find_scripts())
+            raise SystemExit(f"scripts must be {allowed} or copies of them, got {path}")
     if args.top < 1:
         raise SystemExit(f"--top must be a whole number, at least 1, got {args.top}")
     require_plugin()

@@ -8,19 +8,32 @@ and standard error over seeds and the average over tasks in percent of SAC; and 
 mean with a 95% interval by bootstrap. With --figures it draws a picture for each environment:
 interquartile mean over seeds and its interval at every step.
 
+The last 10 are the same steps for all seeds of a variant, so they end where its shortest run does, as
+its curve does. A step counts only if every run in that environment that got so far was evaluated
+there: beside runs evaluated every 10,000 steps, one evaluated every 5,000 has its mean over multiples
+of 10,000, too. Where no step is left, as for a tag of training episodes, each run has its own last 10,
+and the table's head says so.
+
 A variant is a script with its flags, and is named after the flags in which the runs of that script in
-an environment differ, without those that change no learning (NOT_LEARNING). A curve ends where its
-shortest run does. A run that two of the paths hold counts as the later one has it. SAC's returns are
-those of Table 2 of the paper (arXiv 2603.10250).
+an environment differ, without those that change no learning (NOT_LEARNING). 1e-3 is 0.001, and a flag
+with its default counts as not given, also where the script derives it from other flags (--target-kl);
+the defaults are those of the script as it is here now. Of several runs of a variant with one seed the
+one that got furthest counts, of equals the last that was read. What is left out, and which runs of a
+sweep have not finished, is told on stderr. SAC's returns are those of Table 2 of the paper (arXiv
+2603.10250).
 """
 
+import ast
 import csv
+import math
 import pathlib
 import re
 import shlex
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
+from types import CodeType
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -66,7 +79,7 @@ class Args:
     tag: str = "eval/episodic_return"  # TensorBoard tag that is read as the return
     device: str = "unknown"  # device of runs that no sweep's index describes
     commit: str = "unknown"  # commit of runs that no sweep's index describes
-    last: int = 10  # evaluations at the end of a run that the tables average
+    last: int = 10  # evaluations that the tables average: the last that runs have in common
     confidence: float = 0.95  # of the intervals
     resamples: int = 2000  # of the bootstrap
 
@@ -95,7 +108,8 @@ def read_events(folder: pathlib.Path, tag: str) -> tuple[dict[int, float], dict[
         series = {event.step: event.value for event in events.Scalars(tag)}
     hyperparameters = {}
     if "hyperparameters" in tags["tensors"]:
-        (table,) = events.Tensors("hyperparameters")[0].tensor_proto.string_val
+        # The last, since a resumed run may have been extended.
+        (table,) = events.Tensors("hyperparameters")[-1].tensor_proto.string_val
         rows = re.findall(r"^\|(\w+)\|(.*)\|$", table.decode(), re.MULTILINE)
         hyperparameters = dict(rows[1:])  # without the head
     return series, hyperparameters
@@ -108,7 +122,7 @@ def flags_from(hyperparameters: dict[str, str], script: str) -> str:
     words = []
     for name, value in hyperparameters.items():
         is_default = name in defaults and value == str(defaults[name])
-        if is_default or name in ("exp_name", "env_id", "seed", "resume"):
+        if is_default or name in ("exp_name", "env_id", "seed", "resume", "extend_to"):
             continue
         flag = name.replace("_", "-")
         if value == "True":
@@ -123,21 +137,33 @@ def flags_from(hyperparameters: dict[str, str], script: str) -> str:
 def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evaluation]:
     """The evaluations of a TensorBoard folder, which `entry` of a sweep's index may describe.
 
-    Empty if it has none, or if neither the entry nor its name says what was run.
+    Empty if it has none, or if neither the entry, its hyperparameters nor its name says what was
+    run. Tells on stderr of a sweep's run that has not finished, and of one that cannot be told.
     """
     series, hyperparameters = read_events(folder, args.tag)
-    name = re.fullmatch(r"(.+)__(.+)__(\d+)__\d+", folder.name)
+    name = re.fullmatch(r"(?P<env_id>.+)__(?P<exp_name>.+)__(?P<seed>\d+)__\d+", folder.name)
+    known = name.groupdict() if name else {}
+    known |= hyperparameters  # the folder may have been renamed
     if entry:
+        if entry["state"] != "finished":
+            state = f"{entry['state']} in the index of its sweep"
+            end = f"{max(series, default=0):,}"
+            print(f"{folder.name}: {state}, last evaluated at step {end}", file=sys.stderr)
         device = describe_device(folder.parent.parent / "log.txt")
         if device == "unknown":
             device = entry["device"]  # from when the run began
         what = (entry["script"], entry["env_id"], entry["seed"])
-        origin = (device, entry["commit"], entry["flags"])
-    elif name:
-        env_id, script, seed = name.groups()
-        what = (script, hyperparameters.get("env_id", env_id), int(seed))
-        origin = (args.device, args.commit, flags_from(hyperparameters, script))
+        flags = entry["flags"]
+        if hyperparameters:  # then spelled as those of other runs
+            flags = flags_from(hyperparameters, entry["script"])
+        origin = (device, entry["commit"], flags)
+    elif {"exp_name", "env_id", "seed"} <= set(known):
+        what = (known["exp_name"], known["env_id"], int(known["seed"]))
+        origin = (args.device, args.commit, flags_from(hyperparameters, known["exp_name"]))
     else:
+        if series:
+            reason = "neither hyperparameters nor its name say what was run"
+            print(f"left out: {folder}: {reason}", file=sys.stderr)
         return []
     return [Evaluation(*what, step, value, *origin) for step, value in sorted(series.items())]
 
@@ -148,26 +174,43 @@ def read_folder(folder: pathlib.Path, args: Args) -> list[Evaluation]:
     for index in folder.rglob("index.jsonl"):
         for name, entry in read_index(index).items():
             entries[(index.parent / name).resolve()] = entry
-    runs = {path.parent.resolve() for path in folder.rglob("events.out.tfevents.*")}
-    rows = []
-    for run in sorted(runs, key=lambda run: run.name.rpartition("__")[2]):  # by time
+    folders = {path.parent.resolve() for path in folder.rglob("events.out.tfevents.*")}
+    runs = {}
+    for run in sorted(folders, key=lambda run: run.name.rpartition("__")[2]):  # by time
         entry = entries.get(run.parent.parent)  # {folder}/runs/{run}
-        rows = replace_runs(rows, read_run(run, entry, args), run.name)
-    return rows
+        rows = read_run(run, entry, args)
+        if rows:
+            add_run(runs, setting(rows[0]), rows)
+    return [row for rows in runs.values() for row in rows]
 
 
-def replace_runs(old: list[Evaluation], new: list[Evaluation], origin) -> list[Evaluation]:
-    """`old` and `new`, read from `origin`; runs that both have, as `new` has them."""
+def split_runs(rows: list[Evaluation]) -> list[list[Evaluation]]:
+    """The rows of each run: those that differ in nothing but step and value."""
+    runs = defaultdict(list)
+    for row in rows:
+        runs[row._replace(step=0, value=0.0)].append(row)
+    return list(runs.values())
 
-    def run_of(row):
-        return row.script, row.env_id, row.seed, row.flags
 
-    new_runs = {run_of(row) for row in new}
-    kept = [row for row in old if run_of(row) not in new_runs]
-    if len(kept) < len(old):
-        what = "an earlier run of the same script, environment, seed and flags"
-        print(f"{origin} replaces {what}", file=sys.stderr)
-    return kept + new
+def last_step(run: list[Evaluation]) -> int:
+    return max(row.step for row in run)
+
+
+def add_run(runs: dict[object, list[Evaluation]], key: object, run: list[Evaluation]) -> None:
+    """Set runs[key]; of two runs the one stays that got further, of equals the new one.
+
+    Tells on stderr which one is left out.
+    """
+    kept = run
+    if key in runs:
+        left_out = runs[key]
+        if last_step(left_out) > last_step(run):
+            kept, left_out = left_out, run
+        row = left_out[0]
+        what = f"{row.script} {row.env_id} seed {row.seed}, commit {row.commit}, {row.flags}"
+        ends = f"it ends at step {last_step(left_out):,}, another run of it at {last_step(kept):,}"
+        print(f"left out: {what}: {ends}", file=sys.stderr)
+    runs[key] = kept
 
 
 def read_csv(path: pathlib.Path) -> list[Evaluation]:
@@ -235,22 +278,83 @@ Curves = dict[str, dict[str, Seeds]]  # environment, variant
 
 
 def split_flags(flags: str) -> dict[str, str]:
-    """{"ell": "--ell -0.1", "track": "--no-track"} of "--ell -0.1 --no-track"."""
-    parts = re.split(r"(?:^|\s)(?=--)", flags)
-    texts = [part.strip() for part in parts if part.strip()]
-    return {text.split()[0].removeprefix("--").removeprefix("no-"): text for text in texts}
+    """{"ell": "-0.1", "track": "False"} of "--ell -0.1 --no-track"."""
+    values = {}
+    for part in re.split(r"(?:^|\s)(?=--)", flags):
+        flag, _, value = part.strip().partition(" ")
+        name = flag.removeprefix("--").removeprefix("no-")
+        if name:
+            values[name] = value or str(not flag.startswith("--no-"))
+    return values
 
 
-def default_flag(script: str, flag: str) -> str:
-    """`flag` as a run has it that was not given it; "" if the script is not here to be read."""
+@cache
+def read_script(script: str) -> tuple[dict[str, object], CodeType | None]:
+    """{field: default} of a script's Args, and the code of its two classes and learning_part.
+
+    Empty and None if the script is not here to be read.
+    """
     path = find_script(script)
-    defaults = read_defaults(path) if path else {}
-    name = flag.replace("-", "_")
-    if name not in defaults:
-        return ""
-    if isinstance(defaults[name], bool):
-        return f"--{flag}" if defaults[name] else f"--no-{flag}"
-    return f"--{flag} {defaults[name]}"
+    if path is None:
+        return {}, None
+    tree = ast.parse(path.read_text())
+    wanted = ("Hyperparameters", "Args", "learning_part")
+    tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+    return read_defaults(path), compile(tree, path, "exec")
+
+
+def find_defaults(script: str, env_id: str, given: dict[str, str]) -> dict[str, object]:
+    """{flag: default}; in place of None what the script derives from `given` and the environment.
+
+    Its own learning_part tells, run without the rest of the script, whose import is that of JAX.
+    """
+    defaults, code = read_script(script)
+    values = {"env_id": env_id}
+    names = {"__name__": script, "math": math, "dataclass": dataclass, "fields": fields}
+    derived = {}
+    try:
+        for flag, text in given.items():
+            name = flag.replace("-", "_")
+            if isinstance(defaults.get(name), int | float):
+                values[name] = ast.literal_eval(text)
+        exec(code, names)
+        derived = vars(names["learning_part"](names["Args"](**values)))
+    except Exception:  # of any kind: there is none, or one of the user's own that needs more names
+        derived = {}
+    found = {}
+    for name, default in defaults.items():
+        found[name.replace("_", "-")] = derived.get(name) if default is None else default
+    return found
+
+
+def spell(text: str, default: object) -> str:
+    """A flag's value as Python spells it: 0.001 for 1e-3, and 0.0 for 0 where the default is a float."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if number.is_integer() and not isinstance(default, float):
+        return str(int(number))
+    return str(number)
+
+
+def read_flags(run: Evaluation) -> tuple[dict[str, str], dict[str, str]]:
+    """{flag: value} that a run was given, and its script's {flag: default}."""
+    given = split_flags(run.flags)
+    defaults = find_defaults(run.script, run.env_id, given)
+    given = {flag: spell(text, defaults.get(flag)) for flag, text in given.items()}
+    return given, {flag: str(default) for flag, default in defaults.items()}
+
+
+def own_flags(run: Evaluation) -> dict[str, str]:
+    """{flag: value} of those that differ from the defaults."""
+    given, defaults = read_flags(run)
+    return {flag: value for flag, value in given.items() if value != defaults.get(flag)}
+
+
+def setting(run: Evaluation) -> tuple:
+    """What a run is; two with the same one are repetitions."""
+    return run.script, run.env_id, run.seed, *sorted(own_flags(run).items())
 
 
 def variant_flags(rows: list[Evaluation]) -> dict[str, list[str]]:
@@ -258,16 +362,24 @@ def variant_flags(rows: list[Evaluation]) -> dict[str, list[str]]:
 
     That is each flag in which the runs differ and which changes what is learned; and ALWAYS_NAMED.
     """
-    flag_sets = {row.flags: split_flags(row.flags) for row in rows}
+    runs = {row.flags: row for row in rows}
+    own = [own_flags(run) for run in runs.values()]
+    given_flags = {flag for flags in runs for flag in split_flags(flags)}
     differing = []
-    for flag in sorted({flag for flags in flag_sets.values() for flag in flags}):
-        values = {flags.get(flag) for flags in flag_sets.values()}
+    for flag in sorted(given_flags):
+        values = {flags.get(flag) for flags in own}
         if flag in ALWAYS_NAMED or len(values) > 1 and flag not in NOT_LEARNING:
             differing.append(flag)
     names = {}
-    for text, flags in flag_sets.items():
-        values = [flags.get(flag) or default_flag(rows[0].script, flag) for flag in differing]
-        names[text] = [value for value in values if value]
+    for text, run in runs.items():
+        given, defaults = read_flags(run)
+        names[text] = []
+        for flag in differing:
+            value = given.get(flag) or defaults.get(flag)
+            if value in ("True", "False"):
+                names[text].append(f"--{flag}" if value == "True" else f"--no-{flag}")
+            elif value:
+                names[text].append(f"--{flag} {value}")
     return names
 
 
@@ -277,7 +389,7 @@ def task_order(env_id: str) -> tuple[int, str]:
 
 
 def group(rows: list[Evaluation]) -> Curves:
-    """Evaluations by environment, variant, seed and step."""
+    """Evaluations by environment, variant, seed and step; of runs with one seed, one (add_run)."""
     curves = {}
     for env_id in sorted({row.env_id for row in rows}, key=task_order):
         ours = [row for row in rows if row.env_id == env_id]
@@ -285,11 +397,14 @@ def group(rows: list[Evaluation]) -> Curves:
         for row in ours:
             by_script[row.script].append(row)
         names = {script: variant_flags(script_rows) for script, script_rows in by_script.items()}
-        variants = defaultdict(lambda: defaultdict(dict))
-        for row in ours:
-            name = " ".join([row.script, *names[row.script][row.flags]])
-            variants[name][row.seed][row.step] = row.value
-        curves[env_id] = {name: dict(variants[name]) for name in sorted(variants)}
+        runs = {}
+        for run in split_runs(ours):
+            name = " ".join([run[0].script, *names[run[0].script][run[0].flags]])
+            add_run(runs, (name, run[0].seed), run)
+        variants = defaultdict(dict)
+        for (name, seed), run in runs.items():
+            variants[name][seed] = {row.step: row.value for row in run}
+        curves[env_id] = {name: variants[name] for name in sorted(variants)}
     return curves
 
 
@@ -300,11 +415,26 @@ def align(seeds: Seeds) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values)
 
 
-def final_returns(seeds: Seeds, last: int) -> np.ndarray:
-    """Mean of each seed's last evaluations (seeds,)."""
+def final_steps(variants: dict[str, Seeds], name: str, last: int) -> list[int]:
+    """The last steps that all seeds of a variant have, on a grid that the environment's runs share.
+
+    A step is on it if every run, of whichever variant, has it or ended before. May be empty.
+    """
+    runs = [series for seeds in variants.values() for series in seeds.values()]
+    ends = [max(series) for series in runs]
+    first, *others = variants[name].values()
+    steps = set(first).intersection(*others)
+    for series, end in zip(runs, ends, strict=True):
+        steps = {step for step in steps if step in series or step > end}
+    return sorted(steps)[-last:]
+
+
+def final_returns(variants: dict[str, Seeds], name: str, last: int) -> np.ndarray:
+    """Mean of each seed's evaluations at the final steps, or else of its own last ones (seeds,)."""
+    shared = final_steps(variants, name, last)
     means = []
-    for series in seeds.values():
-        steps = sorted(series)[-last:]
+    for series in variants[name].values():
+        steps = shared or sorted(series)[-last:]
         means.append(np.mean([series[step] for step in steps]))
     return np.array(means)
 
@@ -336,13 +466,18 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def reached(variants: dict[str, Seeds], last: int) -> str:
-    """The steps that the runs of an environment reached, and evaluations averaged if fewer."""
+    """The steps that the runs of an environment reached, and evaluations averaged if fewer.
+
+    Where a variant has no final steps, that these differ.
+    """
     series = [series for seeds in variants.values() for series in seeds.values()]
     ends = [max(steps) for steps in series]
     text = f"{max(ends):,} steps"
     if min(ends) < max(ends):
         text = f"{min(ends):,} to {text}"
-    fewest = min(len(steps) for steps in series)
+    fewest = min(len(final_steps(variants, name, last)) for name in variants)
+    if fewest == 0:
+        return f"{text}, evaluated at different ones"
     return f"{text}, last {fewest}" if fewest < last else text
 
 
@@ -367,7 +502,7 @@ def paper_table(curves: Curves, last: int, with_paper: bool = False) -> str:
             if name not in variants:
                 row.append("")
                 continue
-            returns = final_returns(variants[name], last)
+            returns = final_returns(variants, name, last)
             row.append(mean_and_error(returns))
             if env_id in normalized:
                 shares.append(100 * returns.mean() / SAC[env_id])
@@ -407,7 +542,8 @@ def interval_cell(strata: list[np.ndarray], args: Args) -> str:
 def interval_table(curves: Curves, args: Args) -> str:
     """Interquartile mean over seeds [interval] of the last evaluations.
 
-    The last column is over several tasks of the paper, too, in percent of SAC.
+    The last column is over several tasks of the paper, too, in percent of SAC. Where their numbers
+    of seeds differ it is that of the tasks' means, so that each task counts once, and has no interval.
     """
     normalized = [env_id for env_id in curves if env_id in SAC]
     head = ["", *curves]
@@ -421,11 +557,13 @@ def interval_table(curves: Curves, args: Args) -> str:
             if name not in variants:
                 row.append("")
                 continue
-            returns = final_returns(variants[name], args.last)
+            returns = final_returns(variants, name, args.last)
             row.append(interval_cell([returns], args))
             if env_id in normalized:
                 strata.append(100 * returns / SAC[env_id])
         if len(normalized) > 1:
+            if len({len(stratum) for stratum in strata}) > 1:
+                strata = [stratum.mean(keepdims=True) for stratum in strata]
             is_complete = len(strata) == len(normalized)
             row.append(interval_cell(strata, args) if is_complete else "")
         rows.append(row)
@@ -480,10 +618,12 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> None:
     """Read, write the CSV, print the tables and draw the figures."""
     check_args(args)
-    rows = []
+    runs = {}
     for path in args.paths:
-        new = read_csv(path) if path.suffix == ".csv" else read_folder(path, args)
-        rows = replace_runs(rows, new, path)
+        found = read_csv(path) if path.suffix == ".csv" else read_folder(path, args)
+        for run in split_runs(found):
+            add_run(runs, setting(run[0]), run)
+    rows = [row for run in runs.values() for row in run]
     if not rows:
         given = " ".join(str(path) for path in args.paths)
         raise SystemExit(f"paths must hold evaluations (the tag {args.tag}), got {given}")

@@ -90,6 +90,9 @@ class RewardLandscape(gym.Wrapper):
         self.speeds = []  # of the episode's simulator steps
         # dm_control's, but in float32: gymnasium's rescaling of float64 boxes warns of an overflow.
         self.action_space = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
+        # Decisions a second, for films: shimmy puts a duration there, milliseconds of a simulator step.
+        decision_seconds = env.unwrapped.dt * ACTION_REPEAT
+        self.metadata = env.metadata | {"render_fps": round(1 / decision_seconds)}
 
     def reset(self, *, seed=None, options=None):
         self.speeds = []
@@ -134,7 +137,7 @@ def make_env(domain: str, landscape: str, render_mode: str | None = None) -> gym
             from dm_control import suite
             from shimmy.dm_control_compatibility import DmControlCompatibilityV0
     except ImportError as error:
-        cure = "it needs dm_control and shimmy, pip install -e '.[dmc]'"
+        cure = "it needs dm_control and shimmy, pip install -e '.[dmc]' (up to Python 3.12)"
         raise ImportError(f"{cure} ({error})") from error
     env = DmControlCompatibilityV0(suite.load(domain, "run"), render_mode=render_mode)
     return RewardLandscape(gym.wrappers.FlattenObservation(env), domain, landscape)

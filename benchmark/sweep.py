@@ -12,7 +12,8 @@ named after what it is,
     {script}__{env_id}__{seed}__{hash of the flags}/
 
 with runs/{run} (TensorBoard and checkpoints), log.txt and lock in it; `index.jsonl` beside it gets
-a line whenever a run starts or ends. A run is finished once its process exits with 0.
+a line whenever a run starts or ends. A run is finished once its process exits with 0. A run that
+another version of its script has begun is refused: a sweep does not mix them.
 
 Started again, the same command skips finished runs, resumes the others from their newest
 checkpoint, and leaves failed ones (any other exit, as on divergence, which would happen again)
@@ -26,6 +27,7 @@ import ast
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -41,6 +43,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import tyro
 
@@ -86,6 +89,12 @@ class Run:
         return pathlib.Path(self.script).stem
 
     @property
+    def path(self) -> str:
+        """The script's path, from this repository's root if it lies there, which may be moved."""
+        path = pathlib.Path(self.script)
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+    @property
     def folder(self) -> str:
         """Its folder's name, the same whenever the same run is asked for."""
         digest = hashlib.sha1(join(self.flags).encode()).hexdigest()[:8]
@@ -107,6 +116,42 @@ def find_script(name: str) -> pathlib.Path | None:
         if path.is_file():
             return path.resolve()
     return None
+
+
+def is_training_script(path: pathlib.Path) -> bool:
+    """Whether a file defines `train_step`, `act` and `make_env`; read, it is not imported.
+
+    The four scripts and the baselines for reinforcement learning do; bandit.py does not.
+    """
+    text = path.read_text(errors="replace")
+    names = re.findall(r"^(?:def )?(\w+)", text, re.MULTILINE)
+    return {"train_step", "act", "make_env"} <= set(names)
+
+
+def load_script(path: pathlib.Path) -> ModuleType:
+    """The script of this file as a module, also where another file of its name is imported already.
+
+    The same file is loaded once.
+    """
+    path = path.resolve()
+    earlier = sys.modules.get(path.stem)
+    if earlier is not None and getattr(earlier, "__file__", None) == str(path):
+        return earlier
+    sys.path.insert(0, str(path.parent))  # as `python script.py` does
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = script  # dataclasses look their module up there
+    spec.loader.exec_module(script)
+    return script
+
+
+def hash_source(script: str) -> str:
+    """SHA-256 of a script's file; empty if it cannot be read."""
+    try:
+        source = pathlib.Path(script).read_bytes()
+    except OSError:
+        return ""
+    return hashlib.sha256(source).hexdigest()
 
 
 def read_defaults(script: pathlib.Path) -> dict[str, object]:
@@ -262,12 +307,12 @@ def newest_checkpoint(folder: pathlib.Path) -> str | None:
     return str(newest.parents[1].relative_to(folder))
 
 
-def training_env(cpus: float, gpus: float) -> dict[str, str]:
+def training_env(cpus: float, gpus: float, started_in: str) -> dict[str, str]:
     """Environment variables of a run: runs side by side share the machine, not their threads."""
     env = dict(os.environ)
     env["PYTHONUNBUFFERED"] = "1"
-    # An environment's id may name a module here, or where the sweep was started.
-    paths = [str(ROOT), os.getcwd(), env.get("PYTHONPATH", "")]
+    # An environment's id may name a module here, or in the folder where the sweep was started.
+    paths = [str(ROOT), started_in, env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     threads = str(max(1, int(cpus)))
     env["OMP_NUM_THREADS"] = threads
@@ -289,11 +334,12 @@ def describe_machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float) -> int | None:
+def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float, started_in: str) -> int | None:
     """Train `run` in `folder`, from its newest checkpoint if there is one; Popen's exit code.
 
-    Runs in a Ray worker. Once the file `stop` lies beside `folder`, a new run does not begin
-    (None), and one in progress is told to write a checkpoint and to end.
+    Runs in a Ray worker, whose working directory may be another one than the sweep's, `started_in`.
+    Once the file `stop` lies beside `folder`, a new run does not begin (None), and one in progress
+    is told to write a checkpoint and to end.
     """
     stop = folder.parent / "stop"
     folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +360,7 @@ def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float) -> int | Non
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(os.getpid()), run.script, *words],
             cwd=folder,
-            env=training_env(cpus, gpus),
+            env=training_env(cpus, gpus, started_in),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -393,6 +439,9 @@ class Sweep:
         self.runs = runs
         self.output = args.output_path.resolve()
         self.index = self.output / "index.jsonl"
+        earlier = read_index(self.index)
+        for run in runs:
+            self.require_same_script(run, earlier.get(run.folder, {}))
         self.stop = self.output / "stop"
         self.stop.unlink(missing_ok=True)
         self.commit = describe_commit()
@@ -403,11 +452,32 @@ class Sweep:
         self.log_sizes = {}  # of the logs, when their runs were submitted
         self.refs = {}  # Ray's reference of a submitted run: the run
         ended = {"finished"} if args.retry_failed else {"finished", "failed"}
-        earlier = read_index(self.index)
         self.states = {}
+        self.sources = {}  # the SHA-256 of a run's script when the run last started
         for run in runs:
-            state = earlier.get(run.folder, {}).get("state")
+            entry = earlier.get(run.folder, {})
+            self.sources[run] = entry.get("sha256", "")
+            state = entry.get("state")
             self.states[run] = state if state in ended else "waiting"
+
+    def require_same_script(self, run: Run, entry: dict) -> None:
+        """Exit with one line if another script began the run; `entry` is its newest of the index.
+
+        One that an older version of this file wrote has neither path nor hash: it is accepted.
+        """
+        path = entry.get("path")
+        sha256 = entry.get("sha256")
+        if not path or not sha256:
+            return
+        if path == run.path and sha256 == hash_source(run.script):
+            return
+        begins_anew = newest_checkpoint(self.output / run.folder) is None
+        if entry["state"] == "failed" and begins_anew:  # its script may have been mended
+            return
+        script = f"{path} of commit {entry['commit']}"
+        change = "has changed since" if path == run.path else f"is not {run.path}"
+        cure = "give another --output-path, so that no results are mixed"
+        raise SystemExit(f"{run.folder} was begun with {script}, which {change}: {cure}")
 
     def label(self, run: Run) -> str:
         """What a run is, with the flags that not all runs have."""
@@ -428,12 +498,15 @@ class Sweep:
         now = time.time()
         if state == "running":
             self.start_times[run] = now
+            self.sources[run] = hash_source(run.script)
         seconds = now - self.start_times.get(run, now)
         folders = (self.output / run.folder / "runs").glob("*")
         entry = {
             "folder": run.folder,
             "state": state,
             "script": run.name,
+            "path": run.path,
+            "sha256": self.sources[run],
             "env_id": run.env_id,
             "seed": run.seed,
             "flags": join(run.flags),
@@ -485,7 +558,7 @@ class Sweep:
         # Ray's own retries are off: `settle` decides, since it sees exit codes as well.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(train)
         self.log_sizes[run] = self.log_size(run)
-        ref = task.remote(run, self.output / run.folder, cpus, gpus)
+        ref = task.remote(run, self.output / run.folder, cpus, gpus, os.getcwd())
         self.refs[ref] = run
 
     def exit_code(self, ray, ref) -> int | None:

@@ -10,7 +10,6 @@ hidden_dim) x (hidden_dim, hidden_dim) measured in the same run; FLOPs over rate
 """
 
 import contextlib
-import importlib
 import json
 import os
 import pathlib
@@ -35,6 +34,8 @@ from benchmark.sweep import (  # noqa: E402 (the line above finds it)
     describe_commit,
     describe_machine,
     find_script,
+    is_training_script,
+    load_script,
 )
 
 GEMPO = ("gempo_exp", "gempo_linear", "gempo_square", "gempo_neg")
@@ -43,15 +44,10 @@ GEMPO = ("gempo_exp", "gempo_linear", "gempo_square", "gempo_neg")
 @dataclass(frozen=True)
 class Args:
     script: str = "gempo_linear"  # name (baselines/td3) or path of the script to measure
-    seconds: float = 20.0  # about how long the end-to-end part trains
+    seconds: float = 20.0
+    """about how long the end-to-end part trains, but not less than about 100 environment steps"""
     repeats: int = 10  # timed calls of each part; the median counts
     json: bool = False  # print one JSON object instead of the table
-
-
-def import_script(path: pathlib.Path) -> ModuleType:
-    """The script as a module."""
-    sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
 
 
 # =========================================== THE FLOOR ===========================================
@@ -171,17 +167,26 @@ class Parts:
         return self.compiled_act(self.agent, self.transitions.obs, self.key, 0)
 
 
-def measure_sps(script: ModuleType, args, steps: int) -> float:
-    """Environment steps per second that the script itself logs while it makes about `steps`."""
+def short_run(script: ModuleType, args, steps: int):
+    """The script's flags for a run that learns for `steps`, or for as many as its log needs.
+
+    These bring its speed into the log once: the script leaves out the first rounds of learning,
+    since one of them compiles, and logs every LOG_FREQUENCY steps.
+    """
     starts = max(args.batch_size, 100)
-    args = replace(
+    steps = max(steps, 4 * args.num_envs + script.LOG_FREQUENCY)
+    return replace(
         args,
-        total_timesteps=starts + 200 * args.num_envs + steps,
+        total_timesteps=starts + steps,
         learning_starts=starts,
         eval_frequency=0,
         checkpoint_frequency=0,
         save_model=False,
     )
+
+
+def measure_sps(script: ModuleType, args) -> float:
+    """Environment steps per second, which the script itself logs, of a run with these flags."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             script.main(args)
@@ -213,6 +218,11 @@ def measure(script: ModuleType, args, repeats: int, seconds: float) -> dict:
     update_ms = step_ms / (args.num_envs * args.updates_per_step)
     loop_ms = act_ms + max(step_ms, env_ms * args.num_envs)  # updates run beside the environments
     steps = int(seconds * 1e3 / loop_ms) * args.num_envs
+    run_args = short_run(script, args, steps)
+    steps = run_args.total_timesteps - run_args.learning_starts
+    run_seconds = steps / args.num_envs * loop_ms / 1e3
+    # Beside the figures, since another program may read those.
+    print(f"training for {steps} steps, about {run_seconds:.0f} s", file=sys.stderr)
     kind = jax.devices()[0].device_kind
     machine = describe_machine()
     figures = {
@@ -223,7 +233,7 @@ def measure(script: ModuleType, args, repeats: int, seconds: float) -> dict:
         "update_ms": update_ms,
         "act_ms": act_ms,
         "env_ms": env_ms,
-        "sps": measure_sps(script, args, steps),
+        "sps": measure_sps(script, run_args),
         "peak_memory_mb": peak_memory() / 2**20,
     }
     if floors:
@@ -249,10 +259,10 @@ def main(args: Args, words: list[str]) -> None:
     if not 0 < args.seconds < float("inf"):
         raise SystemExit(f"--seconds must be a finite number above 0, got {args.seconds}")
     path = find_script(args.script)
-    if path is None:
-        allowed = "a name such as gempo_neg or baselines/td3, or the path of a script"
-        raise SystemExit(f"--script must be {allowed}, got {args.script}")
-    script = import_script(path)
+    if path is None or not is_training_script(path):
+        allowed = f"{', '.join(GEMPO)}, baselines/td3 or another that trains in an environment"
+        raise SystemExit(f"--script must be {allowed}, or a path of one, got {args.script}")
+    script = load_script(path)
     script_args = tyro.cli(script.Args, args=words)
     figures = measure(script, script_args, args.repeats, args.seconds)
     if args.json:

@@ -28,8 +28,7 @@ from PIL import Image, ImageOps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.sweep import find_script  # noqa: E402 (the line above finds it)
-from benchmark.throughput import import_script  # noqa: E402
+from benchmark.sweep import find_script, load_script  # noqa: E402 (the line above finds it)
 from gempo_linear import find_file, one_line  # noqa: E402 (equal in all scripts)
 
 
@@ -124,7 +123,7 @@ def load(path: pathlib.Path) -> Saved:
     if script_path is None:
         where = f"which is neither here nor in {ROOT}"
         raise SystemExit(f"{path} was written by {name}.py, {where}")
-    script = import_script(script_path)
+    script = load_script(script_path)
     args, agent = script.load_agent(path)
     return Saved(script, args, agent, content.get("step"))
 

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import fcntl
 import gzip
+import inspect
 import json
 import math
 import os
@@ -17,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import gymnasium as gym
 import jax
@@ -427,14 +430,127 @@ def test_two_sweeps_cannot_share_a_folder(tmp_path):
 
 def test_a_run_gets_its_share_of_threads_and_of_the_gpus_memory(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    env = sweep.training_env(cpus=2.0, gpus=0.25)
+    env = sweep.training_env(cpus=2.0, gpus=0.25, started_in="/somewhere")
     assert (env["PJRT_NPROC"], env["OMP_NUM_THREADS"]) == ("2", "2")
     assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.225"
     assert "JAX_PLATFORMS" not in env
     paths = env["PYTHONPATH"].split(os.pathsep)
-    assert paths[:2] == [str(ROOT), os.getcwd()]
-    env = sweep.training_env(cpus=0.5, gpus=0)
+    assert paths[:2] == [str(ROOT), "/somewhere"]
+    env = sweep.training_env(cpus=0.5, gpus=0, started_in="/somewhere")
     assert (env["PJRT_NPROC"], env["JAX_PLATFORMS"]) == ("1", "cpu")
+
+
+class FakeRay:
+    """Ray that keeps what it is given to run."""
+
+    def __init__(self):
+        self.calls = []
+
+    def remote(self, **options):
+        return self.make_task
+
+    def make_task(self, function):
+        def submit(*inputs):
+            self.calls.append(inspect.signature(function).bind(*inputs).arguments)
+            return "ref"
+
+        return SimpleNamespace(remote=submit)
+
+
+def test_a_run_is_told_where_the_sweep_was_started(fakes, tmp_path, monkeypatch):
+    """A worker of a cluster has another working directory."""
+    args = sweep.Args(scripts=(fakes[0],), env_ids=("E",), seeds=(1,), output_path=tmp_path)
+    runs = sweep.list_runs(args, [])
+    monkeypatch.chdir(tmp_path)
+    ray = FakeRay()
+    sweep.Sweep(args, runs).submit(ray, runs[0])
+    (call,) = ray.calls
+    assert call["started_in"] == str(tmp_path)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Arguments of a sweep of one run, the run, and a function that makes its index."""
+    script = tmp_path / "mine.py"
+    script.write_text(FAKE.replace("{own}", ""))
+    output = tmp_path / "output"
+    output.mkdir()
+    args = sweep.Args(scripts=(str(script),), env_ids=("E",), seeds=(1,), output_path=output)
+    (run,) = sweep.list_runs(args, [])
+
+    def note(*states):
+        first = sweep.Sweep(args, [run])
+        for state in states:
+            first.note(run, state)
+
+    return args, run, note
+
+
+REFUSED = r"mine__E__1__\w+ was begun with \S+mine.py of commit .*: give another --output-path"
+
+
+@pytest.mark.parametrize("state", ["running", "lost", "stopped", "finished"])
+def test_a_run_that_another_version_of_its_script_began_is_refused(begun, tmp_path, state):
+    args, run, note = begun
+    note("running", state)
+    again = sweep.Sweep(args, [run])
+    assert again.states[run] == ("finished" if state == "finished" else "waiting")
+    other = tmp_path / "other" / "mine.py"
+    other.parent.mkdir()
+    other.write_text(pathlib.Path(run.script).read_text())
+    (moved,) = sweep.list_runs(replace(args, scripts=(str(other),)), [])
+    assert moved.folder == run.folder
+    with pytest.raises(SystemExit, match=REFUSED) as stop:
+        sweep.Sweep(args, [moved])
+    assert f"which is not {other}" in stop.value.code and "\n" not in stop.value.code
+    with open(run.script, "a") as file:
+        file.write("# edited\n")
+    with pytest.raises(SystemExit, match=REFUSED) as stop:
+        sweep.Sweep(args, [run])
+    assert "which has changed since" in stop.value.code and "\n" not in stop.value.code
+
+
+def test_the_version_of_a_run_is_that_of_its_start(begun):
+    args, run, note = begun
+    original = pathlib.Path(run.script).read_text()
+    first = sweep.Sweep(args, [run])
+    first.note(run, "running")
+    with open(run.script, "a") as file:
+        file.write("# edited while it trains\n")
+    first.note(run, "finished")
+    with pytest.raises(SystemExit, match=REFUSED):
+        sweep.Sweep(args, [run])
+    pathlib.Path(run.script).write_text(original)
+    assert sweep.Sweep(args, [run]).states[run] == "finished"
+
+
+def test_a_mended_script_tries_a_failed_run_again_unless_it_left_a_checkpoint(begun):
+    args, run, note = begun
+    note("running", "failed")
+    with open(run.script, "a") as file:
+        file.write("# mended\n")
+    again = sweep.Sweep(replace(args, retry_failed=True), [run])
+    assert again.states[run] == "waiting"
+    checkpoints = args.output_path / run.folder / "runs" / "E__1" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "4").write_text("")
+    with pytest.raises(SystemExit, match=REFUSED):
+        sweep.Sweep(replace(args, retry_failed=True), [run])
+
+
+def test_an_index_without_versions_is_accepted_and_a_moved_repository_too(begun):
+    args, run, note = begun
+    note("running", "finished")
+    index = args.output_path / "index.jsonl"
+    (entry,) = sweep.read_index(index).values()
+    for name in ("path", "sha256"):
+        del entry[name]
+    index.write_text(json.dumps(entry) + "\n")
+    with open(run.script, "a") as file:
+        file.write("# edited\n")
+    assert sweep.Sweep(args, [run]).states[run] == "finished"
+    neg = sweep.Run(str(ROOT / "gempo_neg.py"), "E", 1, ())
+    assert neg.path == "gempo_neg.py"
 
 
 def test_the_device_is_what_the_script_names_else_the_machine(tmp_path):
@@ -510,7 +626,7 @@ def cells(table):
 
 
 def test_the_table_is_the_mean_of_the_last_ten_and_its_standard_error():
-    first = [9999, 9999, *range(100, 110)]  # the last ten have a mean of 104.5
+    first = [9999, *range(100, 110), 9999]  # the ten up to step 110 have a mean of 104.5
     second = [-9999, *range(200, 210)]  # 204.5
     rows = evaluations(s1=first, s2=second)
     rows += evaluations("gempo_exp", s1=[200, 400])
@@ -519,6 +635,50 @@ def test_the_table_is_the_mean_of_the_last_ten_and_its_standard_error():
     # The error is 70.71 / sqrt(2).
     assert body["gempo_neg"] == ["154 ± 50 (2)", f"{100 * 154.5 / 2509:.1f}"]
     assert body["gempo_exp"] == ["300 (1)", f"{100 * 300 / 2509:.1f}"]
+
+
+def test_the_last_evaluations_are_at_steps_that_all_runs_share():
+    """Beside runs evaluated half as often, every second evaluation counts; a short run has its own."""
+    rows = evaluations(s1=range(1, 13))
+    rows += [row for row in evaluations(s2=range(101, 113)) if row.step % 20 == 0]
+    rows += evaluations("gempo_exp", s1=range(201, 213))
+    rows += evaluations("td3", s1=range(301, 306))
+    rows += [row for row in evaluations("sac", s1=range(401, 413)) if row.step == 20]
+    curves = plot.group(rows)
+    expected = {"gempo_neg": [100, 120], "gempo_exp": [100, 120], "td3": [20, 40], "sac": [20]}
+    for name, steps in expected.items():
+        assert plot.final_steps(curves["Hopper-v5"], name, 2) == steps
+    head, body = cells(plot.paper_table(curves, 2))
+    assert head[1] == "Hopper-v5 (20 to 120 steps, last 1)"
+    assert body["gempo_neg"][0] == "61.0 ± 50.0 (2)"  # of 11 and 111
+    assert body["gempo_exp"][0] == "211 (1)"  # of 210 and 212
+    assert body["td3"][0] == "303 (1)"  # of 302 and 304
+
+
+def test_runs_without_a_common_step_have_their_own_last_ones_and_the_head_says_so():
+    odd = [row._replace(step=row.step + 5) for row in evaluations(s2=[4, 5, 6])]
+    curves = plot.group(evaluations(s1=[1, 2, 3]) + odd)
+    head, body = cells(plot.paper_table(curves, 2))
+    assert head[1] == "Hopper-v5 (30 to 35 steps, evaluated at different ones)"
+    assert body["gempo_neg"][0] == "4.0 ± 1.5 (2)"  # of 2.5 and 5.5
+
+
+def test_tasks_of_unequal_seeds_count_once_each():
+    """Of percentages 100 (3 seeds), 0, 50 and 60 of SAC; a mean over seeds would be of 100 twice."""
+    sac = plot.SAC
+    tasks = ("Hopper-v5", "Ant-v5", "Walker2d-v5", "Swimmer-v5")
+    rows = []
+    for env_id, share in zip(tasks, (1.0, 0.0, 0.5, 0.6), strict=True):
+        seeds = {"s1": [share * sac[env_id]]}
+        if env_id == "Hopper-v5":
+            seeds |= {"s2": seeds["s1"], "s3": seeds["s1"]}
+        rows += evaluations(env_id=env_id, **seeds)
+    _, body = cells(plot.interval_table(plot.group(rows), plot.Args(paths=())))
+    assert body["gempo_neg"][-1] == "55.0"  # of 0 [50 60] 100
+    rows = [row for row in rows if row.seed == 1]
+    rows += [row._replace(seed=2) for row in rows]
+    _, body = cells(plot.interval_table(plot.group(rows), plot.Args(paths=())))
+    assert body["gempo_neg"][-1] == "55.0 [55.0, 55.0]"  # equal seeds: all together, resampled
 
 
 def test_normalization_gives_the_papers_averages():
@@ -552,7 +712,7 @@ def test_variants_are_named_after_the_flags_that_differ_in_an_environment():
     rows += evaluations(env_id="Ant-v5", flags="--ell -0.1 --hidden-dim 32", s1=[3])
     names = {env_id: list(variants) for env_id, variants in plot.group(rows).items()}
     assert names["Ant-v5"] == ["gempo_neg --ell -0.1"]  # the floor is always named
-    assert names["Hopper-v5"] == ["gempo_neg --ell -0.1", "gempo_neg --ell 0"]
+    assert names["Hopper-v5"] == ["gempo_neg --ell -0.1", "gempo_neg --ell 0.0"]
 
 
 def test_scripts_that_run_with_one_set_of_flags_each_go_by_their_names():
@@ -575,6 +735,64 @@ def test_a_variant_is_named_by_its_defaults_too_and_not_by_flags_that_change_no_
     assert list(variants) == [*expected, "other", "other --depth 2", "sac"]
     assert list(variants["gempo_neg"]) == [1, 2]
     assert list(variants["sac"]) == [1, 2]
+
+
+def test_one_setting_is_one_variant_however_its_flags_are_spelled():
+    """The budget of 8 particles is 1 on HalfCheetah-v5, by default; 0.75 is another one."""
+    sweep_flags = "--num-particles 8 --policy-lr 1e-3 --tau 0.005 --no-track"
+    rows = evaluations(env_id="HalfCheetah-v5", flags=sweep_flags, s1=[1])
+    table_flags = "--policy-lr 0.001 --num-particles 8 --target-kl 1.0"
+    rows += evaluations(env_id="HalfCheetah-v5", flags=table_flags, s2=[2])
+    assert list(plot.group(rows)["HalfCheetah-v5"]) == ["gempo_neg"]
+    rows += evaluations(env_id="HalfCheetah-v5", flags=f"{sweep_flags} --target-kl .75", s1=[3])
+    variants = plot.group(rows)["HalfCheetah-v5"]
+    names = ["gempo_neg --target-kl 0.75", "gempo_neg --target-kl 1.0"]
+    assert list(variants) == names
+    assert list(variants[names[1]]) == [1, 2]
+    # What is derived from the particles does not name variants that differ in these.
+    derived = 2.5 * math.log(4) / math.log(64)
+    rows = evaluations(flags=f"--num-particles 4 --target-kl {derived}", s1=[1])
+    rows += evaluations(flags="--num-particles 8 --target-kl 1.25", s1=[1])
+    names = ["gempo_neg --num-particles 4", "gempo_neg --num-particles 8"]
+    assert list(plot.group(rows)["Hopper-v5"]) == names
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("gempo_exp", {"target-kl": 2.0}),
+        ("gempo_linear", {"target-kl": 2.0}),
+        ("gempo_square", {"target-kl": 2.0}),
+        ("gempo_neg", {"target-kl": 2.0, "ell": -0.1}),
+        ("dacer", {"exploration-noise": 0.15}),
+        ("dipo", {"improvement-steps": 40, "gradient-ratio": 0.08, "max-grad-norm": 2.0}),
+        ("qvpo", {"td-best-of": 4}),
+        ("qsm", {"gradient-scale": None}),
+        ("missing", {}),
+    ],
+)  # fmt: skip
+def test_defaults_of_a_script_are_those_its_runs_have(script, expected):
+    defaults = plot.find_defaults(script, "HalfCheetah-v5", {"q-lr": "1e-3"})
+    assert {flag: defaults.get(flag) for flag in expected} == expected
+    assert bool(defaults) == bool(expected)
+
+
+def test_of_runs_of_a_variant_with_one_seed_the_one_that_got_further_counts(capsys):
+    """And it alone: no step of the other is part of its curve."""
+    rows = evaluations(flags="--total-timesteps 40", s1=[1, 2, 3, 4])
+    short = evaluations(flags="--total-timesteps 50 --eval-frequency 5", s1=[7, 8])
+    short += [row._replace(step=row.step + 5) for row in short]
+    expected = {10: 1, 20: 2, 30: 3, 40: 4}
+    assert plot.group(rows + short)["Hopper-v5"]["gempo_neg"] == {1: expected}
+    assert plot.group(short + rows)["Hopper-v5"]["gempo_neg"] == {1: expected}
+    line = "left out: gempo_neg Hopper-v5 seed 1, commit abc, --total-timesteps 50 --eval-frequency"
+    told = capsys.readouterr().err
+    assert told.count(line) == 2 and told.count("\n") == 2
+    assert told.count("it ends at step 25, another run of it at 40") == 2
+    later = [row._replace(value=9.0, commit="def") for row in rows]
+    values = plot.group(rows + later)["Hopper-v5"]["gempo_neg"][1].values()
+    assert set(values) == {9}
+    assert "left out: gempo_neg Hopper-v5 seed 1, commit abc, " in capsys.readouterr().err
 
 
 def test_a_curve_is_the_interquartile_mean_as_far_as_all_seeds_go():
@@ -623,7 +841,7 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     write_run(runs / "Hopper-v5__gempo_neg__3__100", [7.0], **flags)  # replaced by the newer one
     write_run(runs / "Hopper-v5__gempo_neg__3__200", [1.0, 2.123456], **flags)
     write_run(runs / "Hopper-v5__td3__3__200", [4.0], exp_name="td3", batch_size=256, tau=0.1)
-    write_run(tmp_path / "sweep" / "a" / "runs" / "Hopper-v5__gempo_exp__4__100", [5.0], seed=4)
+    write_run(tmp_path / "sweep" / "a" / "runs" / "Hopper-v5__gempo_exp__4__100", [5.0])
     entry = dict(folder="a", script="gempo_exp", env_id="Hopper-v5", seed=4, flags="--gamma 0.9")
     entry |= dict(device="GPU, 1", commit="abc", state="running")
     (tmp_path / "sweep" / "index.jsonl").write_text(json.dumps(entry) + "\n")
@@ -640,7 +858,10 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
         ["td3", "Hopper-v5", "3", "10", "4.0", "CPU", "def", "--tau 0.1"],
     ]
     first = capsys.readouterr()
-    assert "replaces an earlier run" in first.err
+    what = "left out: gempo_neg Hopper-v5 seed 3, commit def, --ell -0.2 --save-model"
+    assert f"{what}: it ends at step 10, another run of it at 20\n" in first.err
+    what = "Hopper-v5__gempo_exp__4__100: running in the index of its sweep"
+    assert f"{what}, last evaluated at step 10\n" in first.err
     assert (figures / "Hopper-v5.png").stat().st_size > 5_000
     plot.main(plot.Args(paths=(table,)))
     assert capsys.readouterr().out == first.out
@@ -649,6 +870,44 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     assert table.read_text() == before
     plot.main(plot.Args(paths=(runs,), tag="charts/speed", last=1))
     assert "| -2.1 (1) |" in capsys.readouterr().out
+
+
+def test_a_sweeps_run_has_the_flags_of_its_hyperparameters(tmp_path, capsys):
+    """So that it is the same variant as a single run, whatever was typed."""
+    table = dict(exp_name="gempo_neg", env_id="HalfCheetah-v5", policy_lr=0.001, num_particles=8)
+    table |= dict(target_kl=1.0)
+    name = "HalfCheetah-v5__gempo_neg__1__100"
+    write_run(tmp_path / "sweep" / "a" / "runs" / name, [5.0], seed=1, **table)
+    entry = dict(folder="a", script="gempo_neg", env_id="HalfCheetah-v5", seed=1, state="finished")
+    entry |= dict(flags="--num-particles 8 --policy-lr 1e-3", device="GPU, 1", commit="abc")
+    (tmp_path / "sweep" / "index.jsonl").write_text(json.dumps(entry) + "\n")
+    write_run(tmp_path / "runs" / "HalfCheetah-v5__gempo_neg__2__100", [6.0], seed=2, **table)
+    rows = plot.read_folder(tmp_path, plot.Args(paths=()))
+    flags = "--policy-lr 0.001 --num-particles 8 --target-kl 1.0"
+    assert {(row.seed, row.flags) for row in rows} == {(1, flags), (2, flags)}
+    assert list(plot.group(rows)["HalfCheetah-v5"]) == ["gempo_neg"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_aborted_repetition_does_not_replace_a_finished_run(tmp_path, capsys):
+    table = dict(exp_name="gempo_neg", env_id="Hopper-v5", seed=3)
+    write_run(tmp_path / "Hopper-v5__gempo_neg__3__100", [1.0, 2.0], **table)
+    write_run(tmp_path / "Hopper-v5__gempo_neg__3__200", [7.0], **table)
+    rows = plot.read_folder(tmp_path, plot.Args(paths=()))
+    assert [row.value for row in rows] == [1, 2]
+    assert "it ends at step 10, another run of it at 20" in capsys.readouterr().err
+
+
+def test_a_renamed_run_is_what_its_hyperparameters_say(tmp_path, capsys):
+    table = dict(exp_name="gempo_neg", env_id="Hopper-v5", seed=3, ell=-0.2)
+    write_run(tmp_path / "the best one", [1.0], **table)
+    write_run(tmp_path / "Ant-v5__gempo_exp__9__100", [2.0], **table)
+    write_run(tmp_path / "Ant-v5__gempo_exp__9__200", [3.0])
+    write_run(tmp_path / "no one knows", [4.0])
+    rows = plot.read_folder(tmp_path, plot.Args(paths=()))
+    assert {row[:3] for row in rows} == {("gempo_neg", "Hopper-v5", 3), ("gempo_exp", "Ant-v5", 9)}
+    told = [line for line in capsys.readouterr().err.splitlines() if "no one knows" in line]
+    assert len(told) == 1 and told[0].startswith("left out: ")
 
 
 def test_what_a_resumed_run_tells_again_counts(tmp_path):
@@ -736,10 +995,32 @@ def test_throughput_measures_any_script_and_knows_the_floor_of_gempo(name, capsy
     assert ("floor_ms" in figures) == (name == "gempo_neg")
 
 
+@pytest.mark.parametrize("num_envs", [1, 7, 64, 300])
+def test_a_short_run_is_as_long_as_asked_for_and_as_its_log_of_the_speed_needs(num_envs):
+    args = gempo_linear.Args(num_envs=num_envs)
+    run_args = throughput.short_run(gempo_linear, args, 5_000)
+    assert run_args.total_timesteps - run_args.learning_starts == 5_000
+    run_args = throughput.short_run(gempo_linear, args, 1)
+    starts, total = run_args.learning_starts, run_args.total_timesteps
+    assert total - starts == 4 * num_envs + 100
+    # As in `train`: the first rounds are not timed, and a round's log has those before it.
+    logged = []
+    timed = 0
+    for before in range(0, total, num_envs):
+        step = before + num_envs
+        if before >= starts and gempo_linear.is_due(gempo_linear.LOG_FREQUENCY, before, step):
+            logged.append(timed)
+        if step > starts + 2 * num_envs:
+            timed += 1
+    assert logged[-1] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words", "message"),
     [
-        (dict(script="gempo_nag"), [], "--script must be a name such as gempo_neg .*gempo_nag"),
+        (dict(script="gempo_nag"), [], "--script must be .*gempo_neg, .*got gempo_nag"),
+        (dict(script="bandit"), [], "--script must be .*gempo_neg, baselines/td3 .*got bandit"),
+        (dict(script="dna_finetune"), [], "--script must be .*got dna_finetune"),
         (dict(repeats=0), [], "--repeats must be a whole number, at least 1, got 0"),
         (dict(seconds=0.0), [], "--seconds must be a finite number above 0, got 0"),
         ({}, ["--gamma", "2"], "--gamma must be a number from 0 to 1, got 2"),
@@ -804,6 +1085,19 @@ def test_a_watched_agent_plays_the_episodes_of_its_evaluation(trained, offscreen
     assert len(returns) == EPISODES
     logged = [scores[tag][step] for tag in scores]
     np.testing.assert_allclose(summary, logged, atol=0.051)  # printed with one decimal
+
+
+def test_watching_plays_by_the_script_that_lies_here(trained, tmp_path, monkeypatch):
+    """Not by the repository's one of the same name, which watch.py itself imports."""
+    run, _ = trained
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "gempo_linear", gempo_linear)  # it comes back afterwards
+    assert watch.load(run).script is gempo_linear
+    text = pathlib.Path(gempo_linear.__file__).read_text()
+    (tmp_path / "gempo_linear.py").write_text(text + "\nMINE = True\n")
+    monkeypatch.chdir(tmp_path)
+    script = watch.load(run).script
+    assert script.MINE and script.__file__ == str(tmp_path / "gempo_linear.py")
 
 
 def test_a_watched_episode_becomes_a_gif_of_the_frames_asked_for(
@@ -918,6 +1212,29 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert capsys.readouterr().out.splitlines() == table
 
 
+def test_the_csv_of_the_dna_table_gets_a_folder_or_ends_in_one_line(tmp_path, capsys):
+    run = write_dna_run(tmp_path / "run", 1.0, pretrain_steps=6_000)
+    file = tmp_path / "new" / "folder" / "dna.csv"
+    dna_table.main(dna_table.Args((run,), to_csv=file))
+    table = capsys.readouterr().out
+    dna_table.main(dna_table.Args((file, run)))  # the same runs twice
+    assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit, match="^--to-csv must be a file that can be written") as stop:
+        dna_table.main(dna_table.Args((run,), to_csv=file / "dna.csv"))
+    assert "\n" not in stop.value.code
+
+
+def test_a_csv_of_before_goes_with_runs_that_tell_their_pretraining(tmp_path, capsys):
+    old = write_dna_run(tmp_path / "old", 1.0)
+    file = tmp_path / "old.csv"
+    dna_table.main(dna_table.Args((old,), to_csv=file))
+    assert ",\n" in file.read_text()  # the row of the pretrained model has no flags
+    new = write_dna_run(tmp_path / "new", 2.0, weighting="exp", pretrain_steps=6_000)
+    capsys.readouterr()
+    dna_table.main(dna_table.Args((file, new)))
+    assert "| pretrained | 1 |" in capsys.readouterr().out
+
+
 def test_the_dna_table_of_data_without_a_truth_comes_from_its_csv_too(tmp_path, capsys):
     run = write_dna_run(tmp_path / "real", 1.0)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -939,9 +1256,17 @@ def test_the_committed_dna_results_make_the_tables_of_the_document(name, capsys)
 def test_what_is_no_dna_result_ends_in_one_line(tmp_path):
     good = write_dna_run(tmp_path / "a", 1.0)
     other = write_dna_run(tmp_path / "b", 1.0, num_updates=50)
+    other_seed = write_dna_run(tmp_path / "d", 1.0, seed=2, num_updates=50)
+    repeated = write_dna_run(tmp_path / "e", 2.0)
+    long = write_dna_run(tmp_path / "f", 1.0, weighting="exp", pretrain_steps=6_000)
+    short = write_dna_run(tmp_path / "g", 1.0, seed=2, pretrain_steps=2_000)
     (tmp_path / "c.csv").write_text("name\nx\n")
+    differences = "other flags than seed 1: num_updates=50 instead of num_updates=100"
     cases = (
-        ((good, other), "other flags"),
+        ((good, other), "neg(-0.3), seed 1, has other flags"),
+        ((good, other_seed), f"neg(-0.3), seed 2, has {differences}"),
+        ((good, repeated), "another run of neg(-0.3), seed 1, has other metrics"),
+        ((long, short), "pretrain_steps=2000 instead of pretrain_steps=6000"),
         ((tmp_path / "none",), "No such"),
         ((), "no finished run"),
         ((tmp_path / "c.csv",), "seed"),

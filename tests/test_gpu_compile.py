@@ -243,9 +243,12 @@ def test_sums_and_groups_count_every_launch():
     assert gpu_compile.costliest([*kernels, small], H100, 1) == rows[:1]
 
 
+TRAINING = ", ".join(str(path.relative_to(ROOT)) for path in gpu_compile.find_scripts())
+
+
 def run(*words):
     command = [sys.executable, PATH, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def has_plugin():
@@ -269,6 +272,7 @@ def test_one_line_where_the_plugin_is_missing():
     [
         (["--gpu", "h1000"], "--gpu must be one of h100, a100, got h1000"),
         (["nowhere.py"], "scripts must be files, got nowhere.py"),
+        (["bandit.py"], f"scripts must be {TRAINING} or copies of them, got bandit.py"),
         (["--top", "0"], "--top must be a whole number, at least 1, got 0"),
     ],
 )
@@ -279,7 +283,7 @@ def test_bad_flags_end_with_one_line(words, line):
 
 def test_finds_the_scripts():
     names = [path.stem for path in gpu_compile.find_scripts()]
-    assert {"gempo_exp", "gempo_linear", "gempo_neg", "gempo_square"} <= set(names)
+    assert {"gempo_exp", "gempo_linear", "gempo_neg", "gempo_square", "td3"} <= set(names)
     assert not {"dna_guidance", "dna_finetune"} & set(names)
 
 
