@@ -24,13 +24,14 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 - data: --data-path FILE.tsv.gz, and flags for its columns and the length of its sequences; without
   it, sequences are generated whose activity is known exactly
 - reward: edit `compute_reward`, from tokens (B, L) to B numbers
-- weights w_b: a branch in `zscore_weights`, and its name in `Args.weighting`
+- weights w_b: a branch in `compute_weights`, and its name in `Args.weighting`
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
 as if it had never stopped, on the same machine with as many threads, as long as this file and the
-files that its flags name have not changed. Only the fine-tuning has checkpoints, one every
+files that its flags name have not changed. Give it where the run was started: --cache-path and other
+paths among the run's flags may be relative. Only the fine-tuning has checkpoints, one every
 --checkpoint-frequency updates. Stopped before the first, give the command again: the models that
 were done by then are in the cache.
 
@@ -75,7 +76,7 @@ class Args:
     seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
     data_seed: int = 0  # seed of generated data, of their halves, of pretraining and oracles
     preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
-    resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
+    resume: str | None = None  # runs/{run} to go on from, with its flags; call where it was started
     checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints
     cache_path: str = "runs/cache"  # folder where denoiser and oracles wait for the next run
     data_path: str | None = None  # CSV or TSV file, plain or .gz, with a header; None: generated
@@ -140,6 +141,8 @@ LOWEST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(("seed", "data_seed", "pretrai
 LOWEST |= {"group_size": 2, "eval_samples": 2}
 LOWEST |= {"sequence_length": 40, "data_size": 1_000}  # room for sites; ten sequences in the top 1%
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
+NAMES = ("cache_path", "data_path", "denoiser_path")
+NAMES += ("sequence_column", "activity_column", "split_column")
 
 
 def require(args: Args, flag: str, is_allowed: bool, allowed: str) -> None:
@@ -157,6 +160,8 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) < 2**32, "below 2**32")
     is_file_name = not set(args.exp_name) & set("/\\:")
     require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
+    for flag in NAMES:  # such as --data-path "$FILE" without a FILE
+        require(args, flag, getattr(args, flag) != "", "a name, or left out")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
@@ -173,6 +178,7 @@ def check_args(args: Args) -> None:
 # ============================================= DATA ==============================================
 LETTERS = np.frombuffer(b"ACGT", np.uint8)  # tokens 0 to 3, so that 3 - x is the complement of x
 MASK = 4  # the token of a masked letter
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Data(NamedTuple):
@@ -207,8 +213,9 @@ def read_data(args: Args) -> Data:
     """The sequences of the CSV or TSV file --data-path; prints how many, and how many are left out.
 
     Rows with the same entry in --split-column, or without one a sequence and its reverse
-    complement, are in the same half, which is drawn. Without --split-column, mutants of one sequence
-    could come into both halves. Exits with one line if the file is of no use.
+    complement, are in the same half, which is drawn; rows with an empty entry there count as one
+    group. Without --split-column, mutants of one sequence could come into both halves. Exits with one
+    line if the file is of no use.
     """
     path = pathlib.Path(args.data_path)
     open_text = gzip.open if path.suffix == ".gz" else open
@@ -220,17 +227,18 @@ def read_data(args: Args) -> Data:
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise SystemExit(f"--data-path {path}: {one_line(error)}") from None
     for column in (args.sequence_column, args.activity_column, args.split_column):
-        if column and rows and column not in rows[0]:
-            raise SystemExit(f"--data-path {path}: it has no column {column}, only {list(rows[0])}")
+        if column is not None and rows and column not in rows[0]:
+            found = list(rows[0])
+            raise SystemExit(f"--data-path {path}: it has no column {column!r}, only {found}")
     sequences, activities, groups = [], [], []
     for row in rows:
         sequence = row[args.sequence_column].strip().upper()
         activity = parse_number(row[args.activity_column])
         is_dna = len(sequence) == args.sequence_length and set(sequence) <= set("ACGT")
-        if is_dna and math.isfinite(activity):
+        if is_dna and abs(activity) <= FLOAT32_MAX:  # False for NaN
             other_strand = sequence.translate(str.maketrans("ACGT", "TGCA"))[::-1]
             either_strand = min(sequence, other_strand)  # the same whichever of the two is given
-            group = row[args.split_column] if args.split_column else either_strand
+            group = either_strand if args.split_column is None else row[args.split_column]
             sequences.append(sequence)
             activities.append(activity)
             groups.append(group)
@@ -424,12 +432,6 @@ class Model(struct.PyTreeNode):
         return self.network.apply(self.params, x, **options)
 
 
-def create_model(network: nn.Module, args: Args, key: jax.Array) -> Model:
-    """A `Model` of new parameters."""
-    tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
-    return Model(jax.jit(network.init)(key, tokens), network)
-
-
 @jax.jit
 def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
     """Activity (B,) of tokens (B, L) by an oracle."""
@@ -501,6 +503,7 @@ class FitSettings(NamedTuple):
     num_steps: int
     batch_size: int
     lr: float
+    seed: int
     warmup: int = 50  # steps over which the learning rate rises to lr
     decay: bool = True  # whether it then falls to 0, as a cosine; else it stays
 
@@ -516,11 +519,10 @@ def make_schedule(settings: FitSettings) -> optax.Schedule:
     return optax.warmup_constant_schedule(0.0, peak, warmup)
 
 
-def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, seed: int) -> Model:
+def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings) -> Model:
     """The model after steps of Adam on loss(model, batch, key), a batch being rows of `data`.
 
-    The gradient is clipped to a norm of 1.
-    Exits with one line if the loss is not finite in the end.
+    The gradient is clipped to a norm of 1. Exits with one line if the model is not finite then.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(make_schedule(settings)))
 
@@ -537,29 +539,10 @@ def fit(name: str, model: Model, loss: Callable, data, settings: FitSettings, se
     data = jax.device_put(data)
     opt_state = optimizer.init(model)
     for i in progress_bar(name, 0, settings.num_steps):
-        key = jax.random.fold_in(jax.random.key(seed), i)
+        key = jax.random.fold_in(jax.random.key(settings.seed), i)
         model, opt_state, value = step(model, opt_state, data, key)
-    if not np.isfinite(value):
-        raise SystemExit(f"{name} diverged: its loss is {value}")
-    return model
-
-
-def fit_or_load(cache_path: str, code: list, *, name, model, loss, data, settings, seed) -> Model:
-    """`fit`, or what it gave an earlier run with the same arguments, from a file in `cache_path`.
-
-    That run had the same source of network, loss, `fit` and `code`, the functions that the loss
-    calls. A change of a constant or of a library is not noticed: empty the folder then.
-    """
-    digest = hashlib.sha256(repr((model.network, settings, seed)).encode())
-    for leaf in jax.tree.leaves((model, data)):
-        digest.update(np.asarray(leaf).tobytes())
-    for source in (type(model.network), Model, fit, make_schedule, loss, *code):
-        digest.update(inspect.getsource(source).encode())
-    path = pathlib.Path(cache_path, f"{name}-{digest.hexdigest()[:16]}")
-    if path.exists():
-        return model.replace(params=jax.device_put(read_pickle(path)))
-    model = fit(name, model, loss, data, settings, seed)
-    write_pickle(path, model.params)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model)):
+        raise SystemExit(f"{name} diverged: its parameters are not finite, its loss is {value}")
     return model
 
 
@@ -568,20 +551,57 @@ def pretraining_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.
     return denoising_loss(denoiser, tokens, key).mean() / tokens.shape[-1]
 
 
+def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
+    """Squared error, in variances of the data, on a batch of tokens (B, L) and activity (B,)."""
+    tokens, activity = batch
+    predicted = oracle(tokens, training=True, rngs={"dropout": key})
+    return jnp.mean((predicted - activity) ** 2) / oracle.network.std**2
+
+
+# The code that makes the denoiser and the oracles, as text. It is read at import: `inspect` reads the
+# file as it is when asked, and someone may edit it in the 45 minutes in which they are trained.
+FITTED_BY = (Denoiser, Oracle, Model, make_schedule, fit, mask_chance, denoising_loss)
+FITTED_BY += (pretraining_loss, oracle_loss)
+try:
+    CACHED_SOURCE = "".join(inspect.getsource(part) for part in FITTED_BY)
+except (OSError, TypeError):  # pasted into an interpreter: there is no file
+    CACHED_SOURCE = str(time.time())  # no later run has the same, and finds a model of this one
+
+
+def fit_or_load(
+    args: Args, name: str, network: nn.Module, loss: Callable, data, settings: FitSettings
+) -> Model:
+    """A new model after `fit`, or what that gave an earlier run, from a file in --cache-path.
+
+    The earlier run had the same network, data, settings and CACHED_SOURCE: an edit of any part of that
+    trains all three models anew. A change of a constant or of a library is not noticed: empty the
+    folder then.
+    """
+    digest = hashlib.sha256(repr((network, settings)).encode() + CACHED_SOURCE.encode())
+    for array in jax.tree.leaves(data):
+        digest.update(array.tobytes())
+    path = pathlib.Path(args.cache_path, f"{name}-{digest.hexdigest()[:16]}")
+    if path.exists():
+        return Model(jax.device_put(read_pickle(path)), network)
+    tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
+    params = jax.jit(network.init)(jax.random.key(settings.seed), tokens)
+    model = fit(name, Model(params, network), loss, data, settings)
+    write_pickle(path, model.params)
+    return model
+
+
 def pretrain_denoiser(data: Data, args: Args) -> Model:
     """A denoiser of the data's sequences."""
     network = Denoiser(args.hidden_dim, args.num_layers)
-    rate = dict(lr=args.pretrain_lr, warmup=args.pretrain_warmup, decay=args.pretrain_decay)
-    return fit_or_load(
-        args.cache_path,
-        code=[denoising_loss, mask_chance],
-        name="denoiser",
-        model=create_model(network, args, jax.random.key(args.data_seed)),
-        loss=pretraining_loss,
-        data=data.tokens,
-        settings=FitSettings(args.pretrain_steps, args.pretrain_batch_size, **rate),
+    settings = FitSettings(
+        num_steps=args.pretrain_steps,
+        batch_size=args.pretrain_batch_size,
+        lr=args.pretrain_lr,
         seed=args.data_seed,
+        warmup=args.pretrain_warmup,
+        decay=args.pretrain_decay,
     )
+    return fit_or_load(args, "denoiser", network, pretraining_loss, data.tokens, settings)
 
 
 def load_denoiser(path: str) -> Model:
@@ -604,13 +624,6 @@ def load_denoiser(path: str) -> Model:
     return Model(jax.device_put(params), network)
 
 
-def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
-    """Squared error, in variances of the data, on a batch of tokens (B, L) and activity (B,)."""
-    tokens, activity = batch
-    predicted = oracle(tokens, training=True, rngs={"dropout": key})
-    return jnp.mean((predicted - activity) ** 2) / oracle.network.std**2
-
-
 def train_oracle(data: Data, args: Args, for_evaluation: bool) -> Model:
     """An oracle of its half of the data. Prints how well it predicts the other half."""
     is_own_half = data.is_eval_half == for_evaluation
@@ -619,16 +632,8 @@ def train_oracle(data: Data, args: Args, for_evaluation: bool) -> Model:
     width = 3 * args.oracle_dim // 2 if for_evaluation else args.oracle_dim
     seed = args.data_seed + int(for_evaluation)
     network = Oracle(width, float(activity.mean()), float(activity.std()) + 1e-6)
-    oracle = fit_or_load(
-        args.cache_path,
-        code=[],
-        name=name,
-        model=create_model(network, args, jax.random.key(seed)),
-        loss=oracle_loss,
-        data=(tokens, activity),
-        settings=FitSettings(args.oracle_steps, batch_size=128, lr=3e-3),
-        seed=seed,
-    )
+    settings = FitSettings(args.oracle_steps, batch_size=128, lr=3e-3, seed=seed)
+    oracle = fit_or_load(args, name, network, oracle_loss, (tokens, activity), settings)
     predicted = in_batches(partial(predict, oracle), data.tokens[~is_own_half])
     correlation = stats.spearmanr(predicted, data.activity[~is_own_half]).statistic
     print(f"{name}: Spearman correlation {correlation:.3f} on the other half", flush=True)
@@ -649,14 +654,15 @@ def prepare(args: Args) -> Setup:
     # What cannot be made or read ends the run here, not after minutes of training.
     for folder in ("runs", args.cache_path):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    denoiser = load_denoiser(args.denoiser_path) if args.denoiser_path else None
-    if args.data_path:
-        data = read_data(args)
-    else:
+    if args.denoiser_path is not None:
+        denoiser = load_denoiser(args.denoiser_path)
+    if args.data_path is None:
         data = generate_data(args.data_size, args.sequence_length, args.data_seed)
+    else:
+        data = read_data(args)
     reward_oracle = train_oracle(data, args, for_evaluation=False)
     eval_oracle = train_oracle(data, args, for_evaluation=True)
-    if denoiser is None:
+    if args.denoiser_path is None:
         denoiser = pretrain_denoiser(data, args)
     return Setup(data, denoiser, reward_oracle, eval_oracle)
 
@@ -688,29 +694,16 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # A weighting gives the samples of a group weights that rise with their rewards r. The weights are
 # constants in the loss: no gradient flows through them. Two normalizers scale them.
 #
-# zscore is what the authors' code for DNA does, with z = (r - mean) / std inside the group:
+# zscore is what the authors' code for DNA does (compute_weights): linear, square and neg weigh by
+# z = (r - mean) / std inside the group; exp and wd1, in spite of the name, by the rewards as they are.
 #
-#     linear  clip(z, 0, 3)
-#     square  max(z, 0)^2                      the authors cap the others at 3, not this one
-#     neg     clip(z, ell, 3)
-#
-# and, in spite of its name, of the rewards as they are, so that their scale matters:
-#
-#     exp     softmax(r / exp_temperature)     simplex's exp with lambda fixed
-#     wd1     softmax(r) - softmax(-r)         the paper has z here, the authors' code r
-#
-# simplex is what the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over
-# the group, with y = (r - nu) / lambda, and nu such that they do:
-#
-#     linear  max(y, 0)
-#     square  max(y, 0)^2
-#     neg     max(y, ell / n)
-#     exp     exp(y)
+# simplex is what the paper's theory (Appendix E) and the RL scripts do (reweight_*, below): weights
+# that sum to one over the group, of y = (r - nu) / lambda, with nu such that they do.
 #
 # lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves all
 # groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
-# --target-kl (Appendix F; negative weights count as 0). With 1.5 nats they are as far from uniform as
-# equal weights on e^-1.5, 22%, of the group and 0 on all others.
+# --target-kl (Appendix F). With 1.5 nats they are as far from uniform as equal weights on e^-1.5, 22%,
+# of the group and 0 on all others.
 #
 # ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
 # reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
@@ -721,34 +714,29 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
 # loss then has no lower bound, and no KL term holds the model near the pretrained one; what
 # restrains it is the floor on the weights, the learning rate and the small number of updates.
-#
-# To add a weighting: a branch in zscore_weights that returns weights (G, n), and its name in
-# Args.weighting; for --normalizer simplex, a branch in simplex_weights, too.
 
 
 def compute_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
-    """Weights (G, n) of rewards (G, n)."""
+    """Weights (G, n) of rewards (G, n).
+
+    Add your own as a branch here and, for --normalizer simplex, in `simplex_weights`.
+    """
     if args.normalizer == "simplex":
         return simplex_weights(rewards, simplex_lambda, args)
-    return zscore_weights(rewards, args)
-
-
-def zscore_weights(rewards: jax.Array, args: Args) -> jax.Array:
-    """Weights (G, n) as in the authors' code. Add your own weighting here."""
     mean = rewards.mean(axis=-1, keepdims=True)
     std = rewards.std(axis=-1, keepdims=True)
     z = (rewards - mean) / (std + 1e-6)
     if args.weighting == "linear":
         return jnp.clip(z, 0.0, 3.0)
     if args.weighting == "square":
-        return jnp.maximum(z, 0.0) ** 2
+        return jnp.maximum(z, 0.0) ** 2  # the authors do not cap this one
     if args.weighting == "neg":
         return jnp.clip(z, args.ell, 3.0)
     if args.weighting == "exp":
-        return nn.softmax(rewards / args.exp_temperature)
+        return nn.softmax(rewards / args.exp_temperature)  # simplex's exp with lambda fixed
     if args.weighting == "wd1":
-        return nn.softmax(rewards) - nn.softmax(-rewards)
-    raise ValueError(f"zscore_weights does not know {args.weighting}")
+        return nn.softmax(rewards) - nn.softmax(-rewards)  # the paper has z here
+    raise ValueError(f"compute_weights does not know {args.weighting}")
 
 
 def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -> jax.Array:
@@ -876,9 +864,8 @@ def create_state(args: Args, denoiser: Model) -> State:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on a clipped gradient (the authors' clip).
 
-    Adam does not see a constant scale of the weights, but the clip does. For linear, square and neg of
-    zscore the sum of a group's weights grows with n (0.27 n for neg at ell = -0.3), so that the
-    clip may act in larger groups; for all others it is one or less.
+    Adam does not see a constant scale of the weights, but the clip does. It may act in large groups:
+    zscore's linear, square and neg have weights whose sum grows with n; all others' is one or less.
     """
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(args.learning_rate))
 
@@ -953,7 +940,7 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
         # 5. Log medians over the samples, and once in a while save.
         metrics["charts/reward"] = jnp.median(rewards)
         metrics["charts/predicted_activity"] = jnp.median(predict(setup.eval_oracle, tokens))
-        if not args.data_path:
+        if args.data_path is None:
             metrics["charts/true_activity"] = jnp.median(true_activity(tokens))
         run.log(state.update, metrics)
         bar.set_postfix({"reward": f"{metrics['charts/reward']:.2f}"}, refresh=False)
@@ -1017,7 +1004,7 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     # Median of what fine-tuning maximizes. Far above predicted_activity: its oracle is being fooled.
     metrics["reward"] = np.median(checked_reward(tokens, setup))
     # Median of the truth, which only generated data have.
-    if not args.data_path:
+    if args.data_path is None:
         metrics["true_activity"] = np.median(in_batches(true_activity, tokens))
     # Whether words of three letters are as frequent as in the top, and motifs in the same order.
     metrics["kmer_pearson"] = correlate(count_kmers(tokens), count_kmers(top))
@@ -1071,11 +1058,12 @@ def main(args: Args) -> dict:
     setup = prepare(args)
     state = create_state(args, setup.denoiser)
     if saved_leaves is not None:
-        state = restore(state, saved_leaves, args.resume)
-    run = RunFolder(args, args.weighting)
+        leaves, structure = jax.tree.flatten(state)
+        if [np.shape(leaf) for leaf in saved_leaves] != [np.shape(leaf) for leaf in leaves]:
+            raise SystemExit(f"{args.resume}/checkpoint cannot be used: it is of another denoiser")
+        state = jax.tree.unflatten(structure, saved_leaves)
+    run = RunFolder(args, args.weighting, state.update)
     before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
-    if args.resume is not None:
-        run.rewind_log(state.update)
     denoiser = finetune(args, setup, state, run)
     after = draw_samples(denoiser, args)
     write_pickle(run.path / "finetuned.model", denoiser.params)
@@ -1089,21 +1077,19 @@ def main(args: Args) -> dict:
 class RunFolder:
     """The folder of a run, with its flags, TensorBoard log and last checkpoint."""
 
-    def __init__(self, args: Args, method: str):
-        """`method` begins the folder's name; baselines/dna_guidance.py has others."""
+    def __init__(self, args: Args, method: str, update: int = 0):
+        """`method` begins the folder's name; the log goes on after `update`."""
         self.args = args
-        name = f"{method}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.path = pathlib.Path(args.resume or f"runs/{name}")
-        self.path.mkdir(parents=True, exist_ok=args.resume is not None)
+        if args.resume is None:
+            self.path = create_folder(f"{method}__{args.exp_name}__{args.seed}")
+        else:
+            self.path = pathlib.Path(args.resume)
         (self.path / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.writer = EventFileWriter(str(self.path))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard drops what is not before it
+        self.writer.add_event(Event(wall_time=time.time(), step=update + 1, session_log=start))
         device = jax.devices()[0].device_kind
         print(f"{method} on {device}: tensorboard --logdir {self.path}", flush=True)
-
-    def rewind_log(self, update: int) -> None:
-        """Let TensorBoard drop what was logged after `update`: it drops all that is not before a START."""
-        start = SessionLog(status=SessionLog.START)
-        self.writer.add_event(Event(wall_time=time.time(), step=update + 1, session_log=start))
 
     def log(self, update: int, scalars: dict[str, jax.Array]) -> None:
         """Write an update's scalars to TensorBoard; exits with one line if one is not finite."""
@@ -1122,6 +1108,18 @@ class RunFolder:
         write_pickle(self.path / "checkpoint", content)
 
 
+def create_folder(name: str) -> pathlib.Path:
+    """A new folder runs/{name}__{seconds since 1970}; the next second if another run has taken it."""
+    second = int(time.time())
+    while True:
+        path = pathlib.Path(f"runs/{name}__{second}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            second += 1
+
+
 def load_checkpoint(resume: str) -> tuple[Args, list]:
     """Flags and leaves of the `State` of a run's checkpoint; exits with one line if it has none."""
     path = pathlib.Path(resume, "checkpoint")
@@ -1132,25 +1130,17 @@ def load_checkpoint(resume: str) -> tuple[Args, list]:
         raise SystemExit(f"{path} is no checkpoint of this script: {one_line(error)}") from None
 
 
-def restore(state: State, saved_leaves: list, resume: str) -> State:
-    """The checkpointed state; exits with one line if it is of another model than `state`."""
-    leaves, structure = jax.tree.flatten(state)
-    if [np.shape(leaf) for leaf in leaves] != [np.shape(leaf) for leaf in saved_leaves]:
-        raise SystemExit(f"{resume}/checkpoint cannot be used: its denoiser has another size")
-    return jax.tree.unflatten(structure, saved_leaves)
-
-
 def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
     """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
     is_site = in_batches(find_sites, tokens) == 1  # (B, L, M)
     names = list(MOTIFS)
-    if not args.data_path:
+    if args.data_path is None:
         truth = in_batches(true_activity, tokens)
     lines = []
     for i, sequence in enumerate(decode(tokens)):
         header = f">{i} predicted_activity={predicted[i]:.3f}"
-        if not args.data_path:
+        if args.data_path is None:
             header += f" true_activity={truth[i]:.3f}"
         places = np.argwhere(is_site[i])
         sites = [f"{names[k]}:{start}-{start + len(SITES[k])}" for start, k in places]

@@ -186,10 +186,11 @@ def drakes_loss(denoiser: dna.Model, _, key, setup: dna.Setup, args: Args) -> ja
 def finetune_drakes(setup: dna.Setup, args: Args) -> dna.Model:
     """The denoiser after `num_updates` updates by the gradient of the oracle."""
     loss = partial(drakes_loss, setup=setup, args=args)
-    rate = dict(lr=args.learning_rate, warmup=0, decay=False)
-    settings = dna.FitSettings(args.num_updates, batch_size=1, **rate)
+    settings = dna.FitSettings(
+        args.num_updates, batch_size=1, lr=args.learning_rate, seed=args.seed, warmup=0, decay=False
+    )
     no_data = np.zeros(1)
-    return dna.fit("drakes", setup.denoiser, loss, no_data, settings, args.seed)
+    return dna.fit("drakes", setup.denoiser, loss, no_data, settings)
 
 
 def sample_method(setup: dna.Setup, args: Args) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import ast
 import gzip
+import importlib.util
 import inspect
 import json
 import math
 import os
+import pathlib
 import re
 import runpy
 import shutil
@@ -120,7 +122,7 @@ def test_the_simplex_normalizer_is_the_rl_scripts_word_for_word(script, name):
     assert inspect.getsource(getattr(dna, f"{name}_{weighting}")) == renamed
 
 
-@pytest.mark.parametrize("name", ["temperature_loss", "require", "one_line"])
+@pytest.mark.parametrize("name", ["temperature_loss", "require", "one_line", "create_folder"])
 def test_other_shared_functions_are_the_rl_scripts_word_for_word(name):
     assert inspect.getsource(getattr(dna, name)) == inspect.getsource(getattr(gempo_linear, name))
 
@@ -454,8 +456,9 @@ def test_the_halves_are_drawn_and_not_every_other_name(tmp_path):
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     odd = [("ACGT", "1"), ("N" * 48, "1"), ("ACGT" * 12, "NA"), ("", "1")]
     odd += [("ACGT" * 12, "inf"), ("ACGT" * 12, "high"), ("ACGT" * 12,)]
+    odd += [("ACGT" * 12, "1e39"), ("ACGT" * 12, "-1e39")]  # infinite as float32
     assert len(read(write_table(tmp_path / "d.csv", random_rows(300) + odd)).tokens) == 300
-    assert "d.csv: 300 of 307 rows have 48 letters" in capsys.readouterr().out
+    assert "d.csv: 300 of 309 rows have 48 letters" in capsys.readouterr().out
 
 
 def test_bad_files_end_in_one_line(tmp_path):
@@ -467,8 +470,10 @@ def test_bad_files_end_in_one_line(tmp_path):
     assert "No such file" in line(tmp_path / "none.csv")
     assert "directory" in line(tmp_path)
     good = write_table(tmp_path / "good.csv", random_rows(300))
-    assert "no column dna, only ['seq', 'hepg2']" in line(good, sequence_column="dna")
-    assert "no column chr" in line(good, split_column="chr")
+    assert "no column 'dna', only ['seq', 'hepg2']" in line(good, sequence_column="dna")
+    assert "no column 'chr'" in line(good, split_column="chr")
+    assert "no column ''" in line(good, split_column="")
+    assert "no column ''" in line(good, sequence_column="")
     assert "100 such rows in each half" in line(write_table(tmp_path / "few.csv", random_rows(20)))
     (tmp_path / "empty.csv").write_text("")
     assert "100 such rows in each half" in line(tmp_path / "empty.csv")
@@ -678,21 +683,33 @@ def test_fit_learns_and_ends_in_one_line_if_it_diverges():
         x, y = batch
         return jnp.mean((model(x)[:, 0] - y) ** 2)
 
-    settings = dna.FitSettings(num_steps=300, batch_size=64, lr=3e-2)
-    layer = dna.fit("line", model, loss, data, settings, 0).params["params"]
+    settings = dna.FitSettings(num_steps=300, batch_size=64, lr=3e-2, seed=0)
+    layer = dna.fit("line", model, loss, data, settings).params["params"]
     np.testing.assert_allclose(layer["kernel"][:, 0], [1, -2], atol=1e-3)
     np.testing.assert_allclose(layer["bias"], [1], atol=1e-3)
     data = data[0], data[1] * np.float32(math.nan)
-    message = error_line(dna.fit, "line", model, loss, data, settings, 0)
-    assert message == "line diverged: its loss is nan"
+    message = error_line(dna.fit, "line", model, loss, data, settings)
+    assert message == "line diverged: its parameters are not finite, its loss is nan"
+
+
+def test_a_model_that_diverges_in_the_last_update_is_not_kept():
+    """The root of 0 is finite, but its gradient is not."""
+
+    def loss(model, batch, key):
+        return jnp.sqrt(model.params["bias"])
+
+    model = dna.Model({"bias": jnp.zeros(())}, None)
+    settings = dna.FitSettings(num_steps=1, batch_size=1, lr=1.0, seed=0, warmup=0, decay=False)
+    message = error_line(dna.fit, "root", model, loss, np.zeros(1), settings)
+    assert message.startswith("root diverged: ")
 
 
 def test_schedules():
-    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=10, decay=False))
+    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, 0, warmup=10, decay=False))
     assert [float(schedule(i)) for i in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
-    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=0, decay=False))
+    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, 0, warmup=0, decay=False))
     assert [float(schedule(i)) for i in (0, 99)] == [1, 1]  # DRAKES' first update is one, too
-    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, warmup=10))
+    schedule = dna.make_schedule(dna.FitSettings(100, 1, 1.0, 0, warmup=10))
     values = [float(schedule(i)) for i in (0, 5, 10, 55, 100)]
     assert values == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
 
@@ -747,6 +764,46 @@ def test_the_next_run_takes_from_the_cache_what_it_can(inside, capsys):
     assert jax.tree.all(jax.tree.map(np.array_equal, *oracles))
 
 
+def import_copy(folder, monkeypatch, name):
+    """dna_finetune.py, copied into `folder` and imported from there."""
+    path = pathlib.Path(shutil.copy(ROOT / "dna_finetune.py", folder / f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module, path
+
+
+def test_an_edit_of_the_script_during_a_run_does_not_rename_what_it_caches(
+    inside, monkeypatch, capsys
+):
+    module, path = import_copy(inside, monkeypatch, "edited")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3] + ["\n"] * 100 + lines[3:]))
+    module.prepare(module.Args(**TINY))
+    assert "it/s" not in capsys.readouterr().out  # all three are those of the run `whole`
+
+
+def test_a_pasted_script_shares_no_cache(tmp_path, monkeypatch):
+    def fail(part):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", fail)
+    module, _ = import_copy(tmp_path, monkeypatch, "pasted")
+    again, _ = import_copy(tmp_path, monkeypatch, "pasted")
+    assert module.CACHED_SOURCE != again.CACHED_SOURCE != dna.CACHED_SOURCE
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dna.time, "time", lambda: 1_700_000_000.5)
+    runs = [dna.RunFolder(WHOLE, "neg") for _ in range(3)]
+    for run in runs:
+        run.writer.close()
+    names = [f"neg__whole__1__{1_700_000_000 + i}" for i in range(3)]
+    assert [run.path.name for run in runs] == names
+
+
 def test_a_saved_denoiser_starts_a_run(inside, monkeypatch):
     saved = find_run(inside, "whole") / "finetuned.model"
     args = dna.Args(**TINY, exp_name="second", weighting="linear", denoiser_path=str(saved))
@@ -763,7 +820,9 @@ def test_a_saved_denoiser_starts_a_run(inside, monkeypatch):
         dna.write_pickle(inside / "odd", {"params": params})
         assert "no denoiser" in error_line(dna.load_denoiser, str(inside / "odd"))
     monkeypatch.setattr(dna, "train_oracle", None)  # a bad file is noticed before any training
-    error_line(dna.prepare, replace(args, denoiser_path="none"))
+    for path in ("none", ""):
+        error_line(dna.prepare, replace(args, denoiser_path=path))
+    assert "directory" in error_line(dna.prepare, replace(args, denoiser_path=None, data_path=""))
 
 
 def interrupt_after(monkeypatch, num_calls, error):
@@ -814,7 +873,7 @@ def test_what_cannot_be_resumed_ends_in_one_line(inside):
     assert "checkpoint is no checkpoint of this script: " in line(copy)
     content = dna.read_pickle(run / "checkpoint")
     dna.write_pickle(copy / "checkpoint", content | {"leaves": content["leaves"][:-1]})
-    assert "checkpoint cannot be used: its denoiser has another size" in line(copy)
+    assert "checkpoint cannot be used: it is of another denoiser" in line(copy)
     runs = sorted((inside / "runs").iterdir())
     assert "nowhere.csv" in error_line(dna.main, dna.Args(**TINY, data_path="nowhere.csv"))
     assert sorted((inside / "runs").iterdir()) == runs  # no empty folder is left
@@ -926,6 +985,10 @@ REFUSED = {
     "--seed must be below 2": {"seed": 2**32},
     "--exp-name must be a part of a file's name": {"exp_name": "a/b"},
     "--data-seed must be below 2": {"data_seed": 2**63},
+    "--data-path must be a name, or left out": {"data_path": ""},
+    "--denoiser-path must be a name, or left out": {"denoiser_path": ""},
+    "--split-column must be a name, or left out": {"split_column": ""},
+    "--sequence-column must be a name, or left out": {"sequence_column": ""},
 }
 
 
@@ -954,9 +1017,8 @@ def test_presets(monkeypatch, capsys):
     assert (paper.hidden_dim, paper.num_layers, paper.sample_steps) == (128, 20, 128)
     assert (paper.num_groups, paper.group_size, paper.learning_rate) == (4, 128, 1e-4)
     assert (paper.num_updates, paper.times_per_sample, paper.pretrain_decay) == (7, 1, False)
-    args = replace(paper, sequence_length=200)
-    create = partial(dna.create_model, dna.Denoiser(128, 20), args)
-    shapes = jax.eval_shape(create, jax.random.key(0))
+    tokens = jnp.zeros((1, 200), jnp.uint8)
+    shapes = jax.eval_shape(dna.Denoiser(128, 20).init, jax.random.key(0), tokens)
     # DRAKES' 3,326,661 less its features of the time, 64 + 129 x 128, and what 20 layers of
     # 128 x 128 make of them: a bias is left of each.
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
