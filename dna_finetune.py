@@ -16,9 +16,9 @@ the n sequences, w_b its weight, which rises with r_b inside a group: exp, linea
 which is linear with a floor ell <= 0, so that the model is pushed away from bad sequences; or wd1, a
 baseline.
 
-Before that, `prepare` pretrains the denoiser on sequences of DNA and trains two oracles of their
-activity, each on one half of the data: one is the reward, the other one only evaluates. All three
-wait in runs/cache for later runs with the same data and flags.
+Before that, `prepare` trains two oracles of the activity of DNA, and pretrains the denoiser on the
+same sequences. Each oracle learns from one half of the data: one is the reward, the other one only evaluates. All three
+wait in runs/cache for later runs with the same data and the same flags of these models.
 
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
 - data: --data-path FILE.tsv.gz, and flags for its columns and the length of its sequences; without
@@ -30,10 +30,11 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 
 A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
 as if it had never stopped, on the same machine with as many threads, as long as this file and the
-files that its flags name have not changed. Give it where the run was started: --cache-path and other
-paths among the run's flags may be relative. Only the fine-tuning has checkpoints, one every
---checkpoint-frequency updates. Stopped before the first, give the command again: the models that
-were done by then are in the cache.
+files that its flags name have not changed. Give it in the folder where the run was started, since
+--cache-path and other paths among its flags may be relative. Only the fine-tuning has checkpoints, one every
+--checkpoint-frequency updates. Stopped before the first, give the command again: of the three models,
+those that were done are in the cache, and the one that was in training begins anew. For more updates
+than a run's flags say, start a new run.
 
 Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
 """
@@ -82,10 +83,10 @@ class Args:
     data_path: str | None = None  # CSV or TSV file, plain or .gz, with a header; None: generated
     sequence_column: str = "seq"  # data_path: its column of sequences
     activity_column: str = "hepg2"  # data_path: its column of activities (of HepG2 cells)
-    split_column: str | None = None  # data_path: rows with the same entry here share an oracle
+    split_column: str | None = None  # data_path: rows with the same entry here are in one half
     sequence_length: int = 200  # letters of a sequence (L); longer and shorter ones are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # start from it; hidden_dim to pretrain_decay do nothing then
+    denoiser_path: str | None = None  # start from it; its size and pretraining have no flags then
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 6_000  # updates of the pretraining
@@ -96,8 +97,8 @@ class Args:
     oracle_dim: int = 64  # channels of the reward oracle; the evaluating one has 1.5 times as many
     oracle_steps: int = 1_500  # updates of each oracle, on 128 sequences
     weighting: Literal["exp", "linear", "square", "neg", "wd1"] = "neg"  # weights inside a group
-    normalizer: Literal["zscore", "simplex"] = "zscore"  # simplex: weights sum to 1 (theory)
-    ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in mean weights
+    normalizer: Literal["zscore", "simplex"] = "zscore"  # authors' code, or theory: sum 1
+    ell: float = -0.3  # floor of neg, <= 0; zscore: in std of rewards; simplex: in units of 1/n
     exp_temperature: float = 0.1  # temperature of exp in units of the reward; zscore only
     target_kl: float = 1.5  # KL of the weights from uniform, in nats; simplex only
     num_updates: int = 200  # updates of the fine-tuning
@@ -134,12 +135,14 @@ PRESETS = {
         learning_rate=1e-4,
     ),
 }
+NATURALS = ("seed", "data_seed", "pretrain_warmup")
 COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "oracle_dim")
 COUNTS += ("oracle_steps", "num_updates", "num_groups", "times_per_sample", "sample_steps")
 COUNTS += ("checkpoint_frequency",)
-LOWEST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(("seed", "data_seed", "pretrain_warmup"), 0)
+LOWEST = dict.fromkeys(NATURALS, 0) | dict.fromkeys(COUNTS, 1)
 LOWEST |= {"group_size": 2, "eval_samples": 2}
-LOWEST |= {"sequence_length": 40, "data_size": 1_000}  # room for sites; ten sequences in the top 1%
+LOWEST |= {"sequence_length": 40}  # room for sites
+LOWEST |= {"data_size": 1_000}  # `compute_metrics` compares with the top 1%, ten sequences then
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 NAMES = ("cache_path", "data_path", "denoiser_path")
 NAMES += ("sequence_column", "activity_column", "split_column")
@@ -186,7 +189,7 @@ class Data(NamedTuple):
 
     tokens: np.ndarray  # (N, L) uint8
     activity: np.ndarray  # (N,) float32
-    is_eval_half: np.ndarray  # (N,) bool: True: for the evaluation oracle; False: for the reward's
+    is_eval_half: np.ndarray  # (N,) bool: whether for the evaluation oracle, not the reward's
 
 
 def encode(sequences: list[str]) -> np.ndarray:
@@ -202,7 +205,8 @@ def decode(tokens) -> list[str]:
 
 def in_batches(function: Callable, tokens: np.ndarray, size: int = 1024) -> np.ndarray:
     """`function` of tokens (N, L), called on batches of one size, so that it compiles once."""
-    padding = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
+    num_missing = -len(tokens) % size  # in the last batch
+    padding = np.repeat(tokens[:1], num_missing, axis=0)
     padded = np.concatenate([tokens, padding])
     starts = range(0, len(padded), size)
     parts = [np.asarray(function(padded[start : start + size])) for start in starts]
@@ -245,7 +249,8 @@ def read_data(args: Args) -> Data:
     rule = f"{args.sequence_length} letters A, C, G or T, and a number as the activity"
     print(f"{path}: {len(sequences)} of {len(rows)} rows have {rule}", flush=True)
     names, group_numbers = np.unique(groups, return_inverse=True)
-    is_eval_group = np.random.default_rng(args.data_seed).permutation(len(names)) % 2 == 1
+    places = np.random.default_rng(args.data_seed).permutation(len(names))
+    is_eval_group = places % 2 == 1  # every other one, in an order that is drawn
     is_eval_half = is_eval_group[group_numbers]
     sizes = len(sequences) - is_eval_half.sum(), is_eval_half.sum()
     if min(sizes) < 100:
@@ -371,9 +376,8 @@ class Denoiser(nn.Module):
 
     baselines/dna_guidance.py gives it one-hot tokens (..., L, 5), which have gradients.
 
-    The network of DRAKES (Wang et al. 2024), so that their checkpoints can be converted. It was
-    made to be told the noise level, but they tell it 0 at every t. What the noise level then adds to
-    a layer is a constant: a bias here.
+    The network of DRAKES (Wang et al. 2024), so that their checkpoints can be converted. Theirs has
+    an embedding of the time, but is told time 0 always: what that adds to layer i is bias_i here.
     """
 
     hidden_dim: int
@@ -403,7 +407,7 @@ class Oracle(nn.Module):
     """
 
     width: int
-    mean: float = 0.0  # of the data; the network learns what is left in standard deviations
+    mean: float = 0.0  # of the data; the network learns (activity - mean) / std
     std: float = 1.0
 
     @nn.compact
@@ -439,7 +443,9 @@ def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
 
 
 # =========================================== DIFFUSION ===========================================
-T_MIN = 1e-5  # smallest time, the authors' sampler's; they train down to 1e-3. The loss has 1/t
+# The smallest time, above 0 since the loss has 1/t. It is the authors' sampler's; their training goes
+# down to 1e-3.
+T_MIN = 1e-5
 
 
 def mask_chance(t: jax.Array) -> jax.Array:
@@ -453,8 +459,8 @@ def mask_chance(t: jax.Array) -> jax.Array:
 def denoising_loss(denoiser: Model, tokens: jax.Array, key: jax.Array) -> jax.Array:
     """loss(x) (..., n), an estimate of a bound on -log p(x) in nats, of tokens (..., n, L).
 
-    Each sequence is masked at one time. The n times of a batch or a group are stratified: one lies
-    in each n-th of (0, 1), which makes their mean less noisy than n independent ones. The factor 1/t
+    Each sequence is masked at one time. The n times (next to last axis) are stratified: one lies in
+    each n-th of (0, 1), which makes their mean less noisy than n independent ones. The factor 1/t
     is MDLM's sigma'(t) / (exp(sigma) - 1) with mask_chance(t) = 1 - exp(-sigma(t)).
     """
     t_key, mask_key = jax.random.split(key)
@@ -559,7 +565,7 @@ def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
 
 
 # The code that makes the denoiser and the oracles, as text. It is read at import: `inspect` reads the
-# file as it is when asked, and someone may edit it in the 45 minutes in which they are trained.
+# file as it is when asked, and someone may edit it while they are trained.
 FITTED_BY = (Denoiser, Oracle, Model, make_schedule, fit, mask_chance, denoising_loss)
 FITTED_BY += (pretraining_loss, oracle_loss)
 try:
@@ -574,8 +580,8 @@ def fit_or_load(
     """A new model after `fit`, or what that gave an earlier run, from a file in --cache-path.
 
     The earlier run had the same network, data, settings and CACHED_SOURCE: an edit of any part of that
-    trains all three models anew. A change of a constant or of a library is not noticed: empty the
-    folder then.
+    source, if only of a comment, trains all three models anew. A change of a constant or of a library
+    is not noticed: empty the folder then.
     """
     digest = hashlib.sha256(repr((network, settings)).encode() + CACHED_SOURCE.encode())
     for array in jax.tree.leaves(data):
@@ -662,9 +668,11 @@ def prepare(args: Args) -> Setup:
         data = read_data(args)
     reward_oracle = train_oracle(data, args, for_evaluation=False)
     eval_oracle = train_oracle(data, args, for_evaluation=True)
+    setup = Setup(data, None, reward_oracle, eval_oracle)
+    checked_reward(data.tokens[:2], setup)  # a reward that fails does so before the pretraining
     if args.denoiser_path is None:
         denoiser = pretrain_denoiser(data, args)
-    return Setup(data, denoiser, reward_oracle, eval_oracle)
+    return setup._replace(denoiser=denoiser)
 
 
 # ============================================ REWARD =============================================
@@ -672,7 +680,8 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
     Put your own here: any Python that returns B finite numbers (B varies from call to call); no
-    gradient is taken of it. Their scale matters to exp, wd1 and simplex, whose lambda starts at 1.
+    gradient is taken of it. Their scale matters to exp, to wd1 and to simplex, whose lambda starts
+    at 1.
     `decode(tokens)` gives the sequences as strings. Both oracles are still trained, on measured
     activities, and predicted_activity stays what the evaluation oracle says.
     """
@@ -683,7 +692,7 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
     """`compute_reward` of tokens (B, L); exits with one line if it gives no B finite numbers."""
     try:
         rewards = jnp.asarray(compute_reward(jnp.asarray(tokens), setup), jnp.float32)
-    except OSError as error:  # as it is, it would end the script in one line, meant for full disks
+    except OSError as error:  # which the end of this file takes for a full disk, told in one line
         raise RuntimeError("compute_reward failed") from error
     if rewards.shape != (len(tokens),) or not np.isfinite(rewards).all():
         raise SystemExit(f"compute_reward must give {len(tokens)} finite numbers")
@@ -694,11 +703,20 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # A weighting gives the samples of a group weights that rise with their rewards r. The weights are
 # constants in the loss: no gradient flows through them. Two normalizers scale them.
 #
-# zscore is what the authors' code for DNA does (compute_weights): linear, square and neg weigh by
-# z = (r - mean) / std inside the group; exp and wd1, in spite of the name, by the rewards as they are.
+#              zscore                         simplex
+#     linear   clip(z, 0, 3)                  max(y, 0)
+#     square   max(z, 0)^2                    max(y, 0)^2
+#     neg      clip(z, ell, 3)                max(y, ell / n)
+#     exp      softmax(r / exp_temperature)   exp(y)
+#     wd1      softmax(r) - softmax(-r)
 #
-# simplex is what the paper's theory (Appendix E) and the RL scripts do (reweight_*, below): weights
-# that sum to one over the group, of y = (r - nu) / lambda, with nu such that they do.
+# zscore is what the authors' code for DNA does, with z = (r - mean) / std inside the group; exp and
+# wd1, in spite of the name, take the rewards as they are (the paper has z in wd1). The authors cap
+# linear and neg at 3, and not square.
+#
+# simplex is what the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over
+# the group, with y = (r - nu) / lambda, and nu such that they do. Its exp is zscore's, with lambda in
+# the place of exp_temperature.
 #
 # lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves all
 # groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
@@ -707,9 +725,9 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 #
 # ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
 # reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
-# weights. In simplex it is in mean weights, as in the RL scripts: at -0.3 the lowest is -0.3 of them.
-# 0 is linear. The default, -0.3 (zscore), is the best in the paper; in our runs of -0.05 to -0.5 it was
-# -0.5 (zscore; benchmark/DNA.md).
+# weights. In simplex it is in mean weights, 1/n, as in the RL scripts: at -0.3 the lowest is -0.3 of
+# them. 0 is linear. The default, -0.3 (zscore), is the best in the paper; in our smaller runs of -0.05
+# to -0.5 it was -0.5 (zscore; benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
 # loss then has no lower bound, and no KL term holds the model near the pretrained one; what
@@ -729,13 +747,13 @@ def compute_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
     if args.weighting == "linear":
         return jnp.clip(z, 0.0, 3.0)
     if args.weighting == "square":
-        return jnp.maximum(z, 0.0) ** 2  # the authors do not cap this one
+        return jnp.maximum(z, 0.0) ** 2
     if args.weighting == "neg":
         return jnp.clip(z, args.ell, 3.0)
     if args.weighting == "exp":
-        return nn.softmax(rewards / args.exp_temperature)  # simplex's exp with lambda fixed
+        return nn.softmax(rewards / args.exp_temperature)
     if args.weighting == "wd1":
-        return nn.softmax(rewards) - nn.softmax(-rewards)  # the paper has z here
+        return nn.softmax(rewards) - nn.softmax(-rewards)
     raise ValueError(f"compute_weights does not know {args.weighting}")
 
 
@@ -753,10 +771,12 @@ def simplex_weights(rewards: jax.Array, simplex_lambda: jax.Array, args: Args) -
 
 
 # The functions of simplex are the same in the RL scripts, gempo_{exp,square,neg}.py, where q are
-# action values. Here q are the rewards, temp is lambda, kappa --target-kl, and N, B are n, G. In
-# solve_normalizer_*, ranks go down from the best reward, and k is the number of active samples, those
-# above the floor. To test sample k, let nu be such that its weight is the floor; then all lower ones
-# are on the floor, too. It is active if the weights then sum to at most one. For that, with
+# action values. Here q are the rewards, temp is lambda, kappa --target-kl, and N, B are n, G; their x
+# and z are not those above.
+#
+# In solve_normalizer_*, ranks go down from the best reward, and k is the number of active samples,
+# those above the floor. To test sample k, let nu be such that its weight is the floor; then all lower
+# ones are on the floor, too. It is active if the weights then sum to at most one. For that, with
 # x_1 >= x_2 >= ... the sorted rewards:
 #
 #     neg     excess_k = sum_{i<=k} (x_i - x_k)          is at most lambda (1 - ell)
@@ -951,7 +971,7 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
 
 # ========================================== EVALUATION ===========================================
 def draw_samples(denoiser: Model, args: Args) -> np.ndarray:
-    """Tokens (eval_samples, L), in batches of the fine-tuning's size: it compiles nothing else."""
+    """Tokens (eval_samples, L), in batches of the fine-tuning's size, for which the sampler is compiled."""
     size = args.num_groups * args.group_size
     _, eval_key = split_seed(args)
     keys = jax.random.split(eval_key, math.ceil(args.eval_samples / size))
@@ -1086,7 +1106,8 @@ class RunFolder:
             self.path = pathlib.Path(args.resume)
         (self.path / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.writer = EventFileWriter(str(self.path))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard drops what is not before it
+        # TensorBoard drops what a run that was stopped has logged of this step and later ones.
+        start = SessionLog(status=SessionLog.START)
         self.writer.add_event(Event(wall_time=time.time(), step=update + 1, session_log=start))
         device = jax.devices()[0].device_kind
         print(f"{method} on {device}: tensorboard --logdir {self.path}", flush=True)
@@ -1131,7 +1152,10 @@ def load_checkpoint(resume: str) -> tuple[Args, list]:
 
 
 def write_samples(path: pathlib.Path, tokens: np.ndarray, setup: Setup, args: Args) -> None:
-    """A FASTA file of tokens (B, L); each header has the activities and the whole sites."""
+    """A FASTA file of tokens (B, L); each header has the activities and the whole sites.
+
+    A site from letter `start` to before letter `end`, counted from 0, is name:start-end.
+    """
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
     is_site = in_batches(find_sites, tokens) == 1  # (B, L, M)
     names = list(MOTIFS)

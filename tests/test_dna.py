@@ -929,6 +929,16 @@ def test_a_reward_of_no_use_ends_in_one_line(setup, monkeypatch, bad):
     assert message == "compute_reward must give 64 finite numbers"
 
 
+def test_a_reward_that_fails_does_so_before_the_pretraining(inside, monkeypatch):
+    def pretrain(data, args):
+        raise AssertionError("pretraining has begun")
+
+    monkeypatch.setattr(dna, "pretrain_denoiser", pretrain)
+    monkeypatch.setattr(dna, "compute_reward", lambda tokens, setup: 1.0)
+    message = error_line(dna.prepare, dna.Args(**TINY))
+    assert message == "compute_reward must give 2 finite numbers"
+
+
 def test_a_reward_gets_jax_arrays_in_the_evaluation_too_and_keeps_its_traceback(setup, monkeypatch):
     tokens = np.zeros((8, 48), np.uint8)
     monkeypatch.setattr(dna, "compute_reward", lambda tokens, _: tokens.at[:, 0].set(2)[:, 0])
