@@ -1131,11 +1131,12 @@ class RunFolder:
 
 def create_folder(name: str) -> pathlib.Path:
     """A new folder runs/{name}__{seconds since 1970}; the next second if another run has taken it."""
+    pathlib.Path("runs").mkdir(exist_ok=True)
     second = int(time.time())
     while True:
         path = pathlib.Path(f"runs/{name}__{second}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             second += 1

@@ -139,7 +139,7 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     for flag in NATURALS:
         require(args, flag, getattr(args, flag) >= 0, "a whole number, at least 0")
-    require(args, "seed", args.seed < 2**31, "below 2**31")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
     is_file_name = not set(args.exp_name) & set("/\\:")
     require(args, "exp_name", is_file_name, "a part of a file's name, without / \\ :")
     for flag in POSITIVES:
@@ -193,6 +193,18 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
     except Exception as error:  # of any kind: the environment may be the user's own
         flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
         raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
+    check_spaces(env, env_id)
+    # An environment that has statistics of its own has them in info["episode"].
+    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="whole_episode")
+    # Scaled, -1 and 1 may lie outside of the bounds by a rounding error.
+    clip = partial(np.clip, a_min=env.action_space.low, a_max=env.action_space.high)
+    env = gym.wrappers.TransformAction(env, clip, env.action_space)
+    # Bounds in float32, or the rescaled space's actions would be float64.
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Exit with one line unless observations are a Box and actions a bounded Box of floats."""
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box):
         raise SystemExit(
@@ -207,13 +219,6 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
             f"--env-id {env_id} has actions {action_space}, which must be a bounded Box of floats "
             "with one axis and low < high: wrap the environment in a gymnasium.ActionWrapper"
         )
-    # An environment that has statistics of its own has them in info["episode"].
-    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="whole_episode")
-    # Scaled, -1 and 1 may lie outside of the bounds by a rounding error.
-    clip = partial(np.clip, a_min=action_space.low, a_max=action_space.high)
-    env = gym.wrappers.TransformAction(env, clip, action_space)
-    # Bounds in float32, or the rescaled space's actions would be float64.
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def allow_local_modules(env_id: str) -> None:
@@ -240,9 +245,10 @@ def episode_charts(infos: dict, index: int) -> dict[str, float]:
     are logged beside these.
     """
     final = infos["final_info"]
+    statistics = final.get("whole_episode") or final["episode"]  # so in runs that began before
     charts = {
-        "charts/episodic_return": final["whole_episode"]["r"][index],
-        "charts/episodic_length": final["whole_episode"]["l"][index],
+        "charts/episodic_return": statistics["r"][index],
+        "charts/episodic_length": statistics["l"][index],
     }
     own_charts = final.get("charts", {})
     for name, values in own_charts.items():
@@ -1004,7 +1010,7 @@ class RunFolder:
     """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
 
     One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
-    `train` ends after the step it is in; one more, a second later, ends the process at once.
+    `train` ends after the step it is in; one more than a second later ends the process at once.
     """
 
     def __init__(self, args: Args, first_step: int):
@@ -1176,7 +1182,8 @@ class RunFolder:
     def save_video(self, step: int, env: gym.Env) -> None:
         """Write the film of an evaluation; its wrapper would keep it in memory until the next one."""
         try:
-            env.get_wrapper_attr("stop_recording")()
+            if env.get_wrapper_attr("recording"):
+                env.get_wrapper_attr("stop_recording")()
         except OSError as error:
             self.stop(step, error)
 
@@ -1283,7 +1290,7 @@ def load_state(args: Args) -> tuple[Args, State]:
     except Exception:  # of any kind; they are None where they could not be pickled
         print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
         envs = make_envs(args.env_id, args.num_envs)
-        seed = (args.seed + step) % 2**31
+        seed = (args.seed + step) % 2**32
         envs.action_space.seed(seed)
         obs, _ = envs.reset(seed=seed)
     return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
@@ -1292,17 +1299,19 @@ def load_state(args: Args) -> tuple[Args, State]:
 def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
     """The environments with simulators and random generators; None if one cannot be pickled.
 
-    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept, but for
-    environments that say themselves how they are to be pickled.
+    gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept. One that
+    has a way of its own, to open a connection anew, say, counts as one that cannot be pickled.
     """
-    usual_ways = (object.__getstate__, gym.utils.EzPickle.__getstate__)
 
     def set_attributes(env, attributes):
         vars(env).update(attributes)
 
     class EnvironmentPickler(cloudpickle.Pickler):
         def reducer_override(self, value):
-            if isinstance(value, gym.Env) and type(value).__getstate__ in usual_ways:
+            if isinstance(value, gym.Env):
+                own_way = getattr(type(value), "__setstate__", None)
+                if own_way not in (None, gym.utils.EzPickle.__setstate__):
+                    raise pickle.PicklingError("it has a way of its own")
                 # Constructor, its arguments, state, list and dict items (none), how to set the state.
                 return object.__new__, (type(value),), vars(value), None, None, set_attributes
             return super().reducer_override(value)
@@ -1348,11 +1357,12 @@ def write_file(path: pathlib.Path, content: dict) -> None:
 
 def create_folder(name: str) -> pathlib.Path:
     """A new folder runs/{name}__{seconds since 1970}; the next second if another run has taken it."""
+    pathlib.Path("runs").mkdir(exist_ok=True)
     second = int(time.time())
     while True:
         path = pathlib.Path(f"runs/{name}__{second}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             second += 1

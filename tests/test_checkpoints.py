@@ -297,16 +297,32 @@ def test_the_environments_go_on_where_they_were(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_an_environment_that_pickles_itself_is_asked_to(tmp_path, monkeypatch):
-    """Its connection is not the old one, which would be closed by then."""
+def test_an_environment_that_pickles_itself_begins_a_new_episode(tmp_path, monkeypatch, capsys):
+    """Its attributes alone would hold a connection that is closed by then."""
     monkeypatch.chdir(tmp_path)
     args = SCRIPT.Args(**TINY | dict(env_id="OwnPickling-v0"))
     state = SCRIPT.create_state(args)
     state.envs.step(state.envs.action_space.sample())
-    (env,) = pickle.loads(SCRIPT.pickle_environments(state.envs)).envs
-    (old_env,) = state.envs.envs
-    assert env.unwrapped.steps == old_env.unwrapped.steps == 1
+    assert SCRIPT.pickle_environments(state.envs) is None
+    with SCRIPT.RunFolder(args, 0) as run:
+        run.save(state)
+    _, restored = SCRIPT.load_state(SCRIPT.Args(resume=str(run.path)))
+    (env,), (old_env,) = restored.envs.envs, state.envs.envs
+    assert env.unwrapped.steps == 0
     assert env.unwrapped.connection > old_env.unwrapped.connection
+    assert "OwnPickling-v0 cannot be restored exactly" in capsys.readouterr().out
+
+
+def test_environments_of_a_checkpoint_with_another_key_of_statistics(tmp_path, monkeypatch):
+    """Earlier versions of the scripts had gymnasium's default one."""
+    monkeypatch.chdir(tmp_path)
+    wrapper = gym.wrappers.RecordEpisodeStatistics
+    with monkeypatch.context() as patch:
+        patch.setattr(gym.wrappers, "RecordEpisodeStatistics", lambda env, **_: wrapper(env))
+        envs = SCRIPT.make_envs("ConstantReward-v0", 2)
+    envs.reset(seed=0)
+    *_, infos = envs.step(np.zeros((2, 1), np.float32))
+    assert SCRIPT.episode_charts(infos, 1)["charts/episodic_return"] == 1
 
 
 # -------------------------------------------------- signals --------------------------------------------------
@@ -348,17 +364,6 @@ def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, uninterrupte
     assert values_of(run) == values_of(uninterrupted(1))
 
 
-def test_a_second_signal_ends_the_run_at_once_without_a_checkpoint(tmp_path):
-    process = start(tmp_path, *command_line(TINY | {"learning_starts": 1}))
-    assert "tensorboard" in process.stdout.readline()
-    time.sleep(0.3)  # it compiles now, for seconds
-    process.send_signal(signal.SIGTERM)
-    # Another number, since two equal ones may reach Python as one.
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode in (130, 143) and steps_of(only_run(tmp_path)) == []
-
-
 ENDLESS = """
 import time
 import gymnasium as gym
@@ -385,6 +390,22 @@ class Endless(gym.Env):
 
 gym.register("Endless-v0", Endless, disable_env_checker=True)
 """
+
+
+def test_a_later_signal_ends_at_once_a_run_that_hangs_without_a_checkpoint(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS.replace("time.sleep(0.1)", "time.sleep(300)"))
+    flags = TINY | dict(env_id="endless:Endless-v0", total_timesteps=140, eval_frequency=120)
+    flags["checkpoint_frequency"] = 1000
+    process = start(tmp_path, *command_line(flags))
+    while "without end" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.5)  # it hangs in the environment now
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert process.poll() is None
+        process.send_signal(number)
+        time.sleep(1.5)
+    assert process.wait(timeout=30) == 130 and steps_of(only_run(tmp_path)) == []
+    process.stdout.close()
 
 
 def test_a_signal_ends_an_evaluation_that_does_not_and_the_run_resumes(tmp_path):
@@ -416,8 +437,12 @@ def test_handlers_of_signals_are_given_back_after_a_run(short):
 # -------------------------------------------------- refusals -------------------------------------------------
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").write_text("a file where the folder should be")
     line = "^runs cannot be written, or another process is writing it: .*$"
+    (tmp_path / "runs").symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(SystemExit, match=line):
+        SCRIPT.main(SCRIPT.Args(**TINY))
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(SystemExit, match=line):
         SCRIPT.main(SCRIPT.Args(**TINY))
 

@@ -579,9 +579,11 @@ class Recorder(gym.Wrapper):
 
     films = []  # of a test: the lengths
     error = None
+    is_broken = False  # as RecordVideo is where a frame is no array
 
     def reset(self, **options):
         self.length = 0
+        self.recording = not self.is_broken
         return self.env.reset(**options)
 
     def step(self, action):
@@ -591,6 +593,8 @@ class Recorder(gym.Wrapper):
     def stop_recording(self):
         if self.error:
             raise self.error
+        assert self.recording
+        self.recording = False
         self.films.append(self.length)
 
 
@@ -607,6 +611,12 @@ def recorder(tmp_path, monkeypatch):
 def test_a_film_is_written_at_the_end_of_its_evaluation(recorder):
     GEMPO.main(GEMPO.Args(**TINY | dict(capture_video=True)))
     assert recorder.films == 4 * [4]  # an episode of 4 steps of each of the 4 evaluations
+
+
+def test_a_recorder_that_has_given_up_does_not_end_the_run(recorder, monkeypatch):
+    monkeypatch.setattr(recorder, "is_broken", True)
+    GEMPO.main(GEMPO.Args(**TINY | dict(capture_video=True)))
+    assert recorder.films == []
 
 
 def test_a_film_that_fills_the_disk_ends_the_run_in_one_line(recorder, monkeypatch):
@@ -709,7 +719,7 @@ COUNTS += ["act_best_of", "td_best_of", "eval_best_of", "eval_episodes"]
 NATURALS = ["seed", "learning_starts", "eval_frequency", "checkpoint_frequency"]
 POSITIVES = ["policy_lr", "q_lr", "temperature_lr", "target_kl", "loss_clip", "reward_scale"]
 BAD = [(flag, value) for flag in COUNTS for value in (0, -1)]
-BAD += [(flag, -1) for flag in NATURALS] + [("seed", 2**31)]
+BAD += [(flag, -1) for flag in NATURALS] + [("seed", 2**32)]
 BAD += [(flag, value) for flag in POSITIVES for value in (0.0, -1.0, NAN, INF)]
 BAD += [(flag, value) for flag in ("gamma", "tau") for value in (-0.1, 1.1, NAN)]
 BAD += [("additive_noise", value) for value in (-0.1, NAN, INF)]
