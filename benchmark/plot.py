@@ -18,9 +18,9 @@ A variant is a script with its flags, and is named after the flags in which the 
 an environment differ, without those that change no learning (NOT_LEARNING). 1e-3 is 0.001, and a flag
 with its default counts as not given, also where the script derives it from other flags (--target-kl);
 the defaults are those of the script as it is here now. Of several runs of a variant with one seed the
-one that got furthest counts, of equals the last that was read. What is left out, and which runs of a
-sweep have not finished, is told on stderr. SAC's returns are those of Table 2 of the paper (arXiv
-2603.10250).
+one that got furthest counts, of equals the last that was read. What is left out, which runs of a sweep
+have not finished, and which means are over other steps than a run's last, is told on stderr. SAC's
+returns are those of Table 2 of the paper (arXiv 2603.10250).
 """
 
 import ast
@@ -138,7 +138,7 @@ def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evalu
     """The evaluations of a TensorBoard folder, which `entry` of a sweep's index may describe.
 
     Empty if it has none, or if neither the entry, its hyperparameters nor its name says what was
-    run. Tells on stderr of a sweep's run that has not finished, and of one that cannot be told.
+    run. Tells on stderr of what is left out, and of a sweep's run that has not finished.
     """
     series, hyperparameters = read_events(folder, args.tag)
     name = re.fullmatch(r"(?P<env_id>.+)__(?P<exp_name>.+)__(?P<seed>\d+)__\d+", folder.name)
@@ -153,10 +153,7 @@ def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evalu
         if device == "unknown":
             device = entry["device"]  # from when the run began
         what = (entry["script"], entry["env_id"], entry["seed"])
-        flags = entry["flags"]
-        if hyperparameters:  # then spelled as those of other runs
-            flags = flags_from(hyperparameters, entry["script"])
-        origin = (device, entry["commit"], flags)
+        origin = (device, entry["commit"], entry["flags"])
     elif {"exp_name", "env_id", "seed"} <= set(known):
         what = (known["exp_name"], known["env_id"], int(known["seed"]))
         origin = (args.device, args.commit, flags_from(hyperparameters, known["exp_name"]))
@@ -165,6 +162,8 @@ def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evalu
             reason = "neither hyperparameters nor its name say what was run"
             print(f"left out: {folder}: {reason}", file=sys.stderr)
         return []
+    if not series:
+        print(f"left out: {folder}: it has no {args.tag}", file=sys.stderr)
     return [Evaluation(*what, step, value, *origin) for step, value in sorted(series.items())]
 
 
@@ -281,8 +280,8 @@ def split_flags(flags: str) -> dict[str, str]:
     """{"ell": "-0.1", "track": "False"} of "--ell -0.1 --no-track"."""
     values = {}
     for part in re.split(r"(?:^|\s)(?=--)", flags):
-        flag, _, value = part.strip().partition(" ")
-        name = flag.removeprefix("--").removeprefix("no-")
+        flag, _, value = re.sub(r"[\s=]+", " ", part.strip(), count=1).partition(" ")
+        name = flag.removeprefix("--").removeprefix("no-").replace("_", "-")
         if name:
             values[name] = value or str(not flag.startswith("--no-"))
     return values
@@ -427,6 +426,17 @@ def final_steps(variants: dict[str, Seeds], name: str, last: int) -> list[int]:
     for series, end in zip(runs, ends, strict=True):
         steps = {step for step in steps if step in series or step > end}
     return sorted(steps)[-last:]
+
+
+def tell_windows(curves: Curves, last: int) -> None:
+    """Tell on stderr of variants whose means are not over the last evaluations of all their runs."""
+    for env_id, variants in curves.items():
+        for name, seeds in variants.items():
+            shared = final_steps(variants, name, last)
+            own = [sorted(series)[-last:] for series in seeds.values()]
+            if shared and any(steps != shared for steps in own):
+                what = f"{len(shared)} shared evaluations, steps {shared[0]:,} to {shared[-1]:,}"
+                print(f"{env_id} {name}: mean over {what}", file=sys.stderr)
 
 
 def final_returns(variants: dict[str, Seeds], name: str, last: int) -> np.ndarray:
@@ -640,6 +650,7 @@ def main(args: Args) -> None:
     except OSError as error:
         what = "--to-csv and --figures must be places that can be written"
         raise SystemExit(f"{what}: {error}") from None
+    tell_windows(curves, args.last)
     print(f"Mean of the last {args.last} evaluations ± standard error (seeds):\n")
     print(paper_table(curves, args.last, args.paper))
     print(f"\nInterquartile mean of the same [{100 * args.confidence:g}% interval]:\n")

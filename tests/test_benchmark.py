@@ -872,8 +872,8 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     assert "| -2.1 (1) |" in capsys.readouterr().out
 
 
-def test_a_sweeps_run_has_the_flags_of_its_hyperparameters(tmp_path, capsys):
-    """So that it is the same variant as a single run, whatever was typed."""
+def test_a_sweeps_run_is_of_the_same_variant_as_a_single_one(tmp_path, capsys):
+    """Its index has what was typed, a single run's table what that means."""
     table = dict(exp_name="gempo_neg", env_id="HalfCheetah-v5", policy_lr=0.001, num_particles=8)
     table |= dict(target_kl=1.0)
     name = "HalfCheetah-v5__gempo_neg__1__100"
@@ -884,9 +884,28 @@ def test_a_sweeps_run_has_the_flags_of_its_hyperparameters(tmp_path, capsys):
     write_run(tmp_path / "runs" / "HalfCheetah-v5__gempo_neg__2__100", [6.0], seed=2, **table)
     rows = plot.read_folder(tmp_path, plot.Args(paths=()))
     flags = "--policy-lr 0.001 --num-particles 8 --target-kl 1.0"
-    assert {(row.seed, row.flags) for row in rows} == {(1, flags), (2, flags)}
+    assert {(row.seed, row.flags) for row in rows} == {(1, entry["flags"]), (2, flags)}
     assert list(plot.group(rows)["HalfCheetah-v5"]) == ["gempo_neg"]
     assert capsys.readouterr().err == ""
+
+
+def test_flags_of_a_csv_may_be_spelled_in_all_ways_that_the_scripts_take():
+    flags = "--ell=-0.2 --hidden_dim 32 --no-save-model --track"
+    expected = {"ell": "-0.2", "hidden-dim": "32", "save-model": "False", "track": "True"}
+    assert plot.split_flags(flags) == expected
+
+
+def test_means_over_other_steps_than_a_runs_last_and_empty_runs_are_told(tmp_path, capsys):
+    table = dict(exp_name="gempo_neg", env_id="Hopper-v5")
+    write_run(tmp_path / "a", [1.0, 2.0, 3.0], seed=1, **table)
+    write_run(tmp_path / "b", [5.0], seed=2, **table)
+    write_run(tmp_path / "c", [], seed=3, **table)
+    plot.main(plot.Args(paths=(tmp_path,)))
+    lines = capsys.readouterr().err.splitlines()
+    assert "Hopper-v5 gempo_neg: mean over 1 shared evaluations, steps 10 to 10" in lines
+    assert [
+        line for line in lines if line.startswith("left out: ") and "/c: it has no eval" in line
+    ]
 
 
 def test_an_aborted_repetition_does_not_replace_a_finished_run(tmp_path, capsys):
