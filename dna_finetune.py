@@ -1213,6 +1213,10 @@ def parse_args(args_class: type = Args) -> Args:
     baselines/dna_guidance.py imports this file, and has a class of flags of its own.
     """
     known, _ = tyro.cli(args_class, add_help=False, return_unknown_args=True)
+    # `check_args` cannot tell a flag with its default value from one that is not given.
+    flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    is_alone = flags <= {"--resume"} or known.resume is None
+    require(known, "resume", is_alone, "the only flag, since a run keeps its flags")
     preset = known.preset
     return tyro.cli(args_class, default=args_class(preset=preset, **PRESETS[preset]))
 

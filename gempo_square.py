@@ -113,6 +113,7 @@ COUNTS = ("batch_size", "updates_per_step", "hidden_dim", "num_particles", "diff
 COUNTS += ("old_policy_interval", "act_best_of", "td_best_of", "eval_best_of")
 COUNTS += ("num_envs", "total_timesteps", "buffer_size", "eval_episodes")
 NATURALS = ("seed", "checkpoint_frequency", "learning_starts", "eval_frequency")
+RESUME_ALONE = "the only flag but for --extend-to: a run keeps its flags"
 POSITIVES = ("policy_lr", "q_lr", "temperature_lr", "loss_clip", "reward_scale")
 
 
@@ -190,9 +191,9 @@ def make_env(env_id: str, video_folder: pathlib.Path | None = None) -> gym.Env:
         flag = "--env-id" if video_folder is None else "--capture-video with --env-id"
         raise SystemExit(f"{flag} {env_id} fails: {one_line(error)}") from None
     check_spaces(env, env_id)
-    # An environment that has statistics of its own has them in info["episode"].
+    # Not under "episode", the default: an environment may have statistics of its own there.
     env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="whole_episode")
-    # Scaled, -1 and 1 may lie outside of the bounds by a rounding error.
+    # RescaleAction, below, hands it actions that may be outside of the bounds by a rounding error.
     clip = partial(np.clip, a_min=env.action_space.low, a_max=env.action_space.high)
     env = gym.wrappers.TransformAction(env, clip, env.action_space)
     # Bounds in float32, or the rescaled space's actions would be float64.
@@ -241,7 +242,7 @@ def episode_charts(infos: dict, index: int) -> dict[str, float]:
     are logged beside these.
     """
     final = infos["final_info"]
-    statistics = final.get("whole_episode") or final["episode"]  # so in runs that began before
+    statistics = final.get("whole_episode") or final["episode"]  # of older checkpoints
     charts = {
         "charts/episodic_return": statistics["r"][index],
         "charts/episodic_length": statistics["l"][index],
@@ -790,7 +791,7 @@ LOG_FREQUENCY = 100  # environment steps between two entries of the losses
 class State(NamedTuple):
     """All that training changes: a checkpoint is one of these, and the flags.
 
-    Resuming is exact because there is nothing else. Random keys are made from the seed and the step
+    Resuming is exact because learning depends on nothing else. Random keys are made from the seed and the step
     (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
     and random generators (where they can be pickled; a line says so where not); what TensorBoard
     was told after the checkpoint is dropped and told again. Only an evaluation that a signal cut
@@ -862,7 +863,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         # 2. Learn. JAX returns before the device is done: np.asarray(actions) below waits for `act`
         #    alone, which was called first, and the updates run while the CPU steps the environments.
         #    The price: compared with acting, stepping and then learning, the policy that acts lacks
-        #    the updates that use the last transitions (one update with one environment).
+        #    the updates that use the last transitions (with one environment, by default one update).
         if is_learning:
             agent, buffer, metrics = train_step(agent, buffer, transitions, update_key, before)
         elif transitions is not None:
@@ -938,13 +939,13 @@ class RunFolder:
             self.path = pathlib.Path(args.resume) if args.resume else create_folder(name)
             self.lock = lock_folder(self.path)
             start_tracking(args, self.path.name)
-            # Found in its module only now: wandb, to follow it, has put another class in its place.
+            # Not imported by its name: wandb.init has put a class that it follows in its place.
             self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
             what = "cannot be written, or another process is writing it"
             raise SystemExit(f"{args.resume or 'runs'} {what}: {one_line(error)}") from None
         if args.resume:
-            # TensorBoard drops what earlier files say of this step and later ones.
+            # TensorBoard drops what earlier files say of steps after `first_step`.
             start = SessionLog(status=SessionLog.START)
             event = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
             self.writer.add_event(event)
@@ -1176,7 +1177,7 @@ def load_agent(path: str | pathlib.Path) -> tuple[Args, Agent]:
 def load_state(args: Args) -> tuple[Args, State]:
     """Flags and state of the newest checkpoint of the run --resume; exits with one line if none."""
     is_alone = args == Args(resume=args.resume, extend_to=args.extend_to)
-    require(args, "resume", is_alone, "the only flag but for --extend-to: a run keeps its flags")
+    require(args, "resume", is_alone, RESUME_ALONE)
     require(args, "resume", os.path.isdir(args.resume), "the folder of a run")
     content, saved_args, agent = load_content(args.resume)
     if "step" not in content:
@@ -1349,5 +1350,15 @@ def one_line(error) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def parse_args() -> Args:
+    """The flags of the command line."""
+    args = tyro.cli(Args)
+    flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    # `load_state` cannot tell a flag with its default value from one that is not given.
+    is_alone = flags <= {"--resume", "--extend-to", "--extend_to"}
+    require(args, "resume", is_alone or args.resume is None, RESUME_ALONE)
+    return args
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args())

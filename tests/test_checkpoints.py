@@ -264,6 +264,18 @@ def test_an_extension_outlives_a_kill_before_the_next_checkpoint(tmp_path, monke
     assert values_of(run) == before
 
 
+@pytest.mark.parametrize("words", [["--total-timesteps", "1000000"], ["--seed=1"], ["--no-track"]])
+def test_beside_resume_a_flag_with_its_default_is_refused_too(monkeypatch, words):
+    """It would be ignored without a word; flags of a run are its own."""
+    monkeypatch.setattr(sys, "argv", ["gempo_neg.py", "--resume", "runs/x", *words])
+    with pytest.raises(SystemExit, match="^--resume must be the only flag but for --extend-to"):
+        SCRIPT.parse_args()
+    monkeypatch.setattr(sys, "argv", ["gempo_neg.py", "--resume", "runs/x", "--extend-to", "9"])
+    assert SCRIPT.parse_args() == SCRIPT.Args(resume="runs/x", extend_to=9)
+    monkeypatch.setattr(sys, "argv", ["gempo_neg.py", *words])
+    SCRIPT.parse_args()
+
+
 def test_extend_to_is_for_resumed_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^--extend-to must be left out without --resume, got 9$"):

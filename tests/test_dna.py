@@ -1018,6 +1018,17 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         assert " ".join(re.sub(r"[^\w.-]+", " ", comment).split()[:4]) in text, field.name
 
 
+def test_beside_resume_a_flag_with_its_default_is_refused_too(monkeypatch):
+    """It would be ignored without a word; flags of a run are its own."""
+    for words in (["--num-updates", "200"], ["--seed=1"], ["--preset", "small"]):
+        monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--resume", "runs/x", *words])
+        assert error_line(dna.parse_args).startswith("--resume must be the only flag, since")
+        monkeypatch.setattr(sys, "argv", ["dna_finetune.py", *words])
+        assert dna.parse_args().resume is None
+    monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--resume", "runs/x"])
+    assert dna.parse_args() == dna.Args(resume="runs/x")
+
+
 def test_presets(monkeypatch, capsys):
     """The authors' sizes; other flags override them. --help shows the preset's."""
     for preset in dna.PRESETS.values():
