@@ -139,9 +139,11 @@ def check_args(args: Args) -> None:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("eta", "candidate_noise"):
         require(args, flag, 0 <= getattr(args, flag) < math.inf, "finite and at least 0")
+    ends = [abs(center) for center in PROBLEMS[args.problem].centers]
+    require(args, "action_bound", args.action_bound >= max(ends), f"at least {max(ends)}")
     is_seed = 0 <= args.seed <= 2**31 - args.num_seeds
     require(args, "seed", is_seed, "at least 0, and the last seed below 2^31")
-    require(args, "alpha", 1 < args.alpha < math.inf, "finite and above 1")
+    require(args, "alpha", 1 < args.alpha <= 5, "above 1, at most 5: float32 is not exact beyond")
     require(args, "loss_clip", args.loss_clip > 0, "above 0, inf for no clip")
     if args.target_kl is not None:
         log_n = math.log(args.num_particles)  # weights that sum to one are never further apart
@@ -150,7 +152,7 @@ def check_args(args: Args) -> None:
     are_floors = all(-math.inf < ell <= 0 for ell in args.ell)
     require(args, "ell", are_floors, "finite and at most 0")
     methods = list_methods(args)
-    is_distinct = len(set(methods)) == len(methods) > 0
+    is_distinct = len({method.name for method in methods}) == len(methods) > 0
     require(args, "methods", is_distinct, "one or more, each once, and so the floors in --ell")
     is_signed = any(method.ell < 0 or method.weighting == "wd1" for method in methods)
     is_allowed = args.matching == "flow" or not is_signed
@@ -716,14 +718,26 @@ def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
     plot_regret(folder / "regret.png", args, regrets)
 
 
+def create_folder(runs_dir: str, name: str) -> Path:
+    """A new folder {name}__{seconds since 1970}; the next second if another run has taken it."""
+    Path(runs_dir).mkdir(parents=True, exist_ok=True)
+    second = int(time.time())
+    while True:
+        path = Path(runs_dir, f"{name}__{second}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            second += 1
+
+
 def main(args: Args) -> Path:
     """Train all methods; print the table and save the files to a new folder, which is returned."""
     args = fill_defaults(args)
     check_args(args)
     start = time.time()
-    folder = Path(args.runs_dir, f"{args.problem}__bandit__{args.seed}__{int(start)}")
     try:
-        folder.mkdir(parents=True)
+        folder = create_folder(args.runs_dir, f"{args.problem}__bandit__{args.seed}")
     except OSError as error:
         require(args, "runs_dir", False, f"a folder in which one can be made ({error})")
     print(f"{args.num_seeds} seeds of {args.problem}, to {folder}", flush=True)
@@ -734,8 +748,8 @@ def main(args: Args) -> Path:
         records[method.name] = train(args, method, state, keys)
         print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
 
-    print_table(args, {name: record.regret for name, record in records.items()})
     save(folder, args, records)
+    print_table(args, {name: record.regret for name, record in records.items()})
     return folder
 
 

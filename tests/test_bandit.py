@@ -429,7 +429,16 @@ def test_signed_measures_as_a_program(tmp_path, capsys):
         (dict(methods=("neg",), ell=()), "--methods must be one or more, each once, and so"),
         (dict(methods=("neg",), ell=(0.0, -0.0)), "--methods must be one or more, each once"),
         (dict(methods=("exp", "exp")), "--methods must be one or more, each once"),
-        (dict(alpha=1.0), "--alpha must be finite and above 1, got 1.0"),
+        (
+            dict(alpha=1.0),
+            "--alpha must be above 1, at most 5: float32 is not exact beyond, got 1.0",
+        ),
+        (
+            dict(alpha=17.0),
+            "--alpha must be above 1, at most 5: float32 is not exact beyond, got 17.0",
+        ),
+        (dict(action_bound=0.3), "--action-bound must be at least 0.7, got 0.3"),
+        (dict(methods=("neg",), ell=(-0.12345671, -0.12345672)), "--methods must be one or more"),
         (dict(num_seeds=0), "--num-seeds must be a whole number, at least 1, got 0"),
         (dict(num_epochs=0), "--num-epochs must be a whole number, at least 1, got 0"),
         (dict(seed=-1), "--seed must be at least 0, and the last seed below 2^31, got -1"),
