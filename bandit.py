@@ -483,13 +483,17 @@ class Record(NamedTuple):
     """What is measured after an epoch."""
 
     regret: jax.Array  # simple regret; NaN if the network is broken
-    histogram: jax.Array  # (100,) how many of the evaluation's actions lie in each bin of BINS
+    histogram: jax.Array  # (100,) how many of the evaluation's actions lie in each bin
     loss: jax.Array  # mean over the epoch's gradient steps
     temperature: jax.Array  # that the epoch's weights were computed with
 
 
 EVAL_ACTIONS = 256  # actions of an evaluation
-BINS = np.linspace(-1.25, 1.25, 101)  # edges; beyond [-1, 1] for a larger --action-bound, and plots
+
+
+def bin_edges(args: Args) -> np.ndarray:
+    """Edges (101,) of the histogram's bins, which reach beyond the action bound: none is left out."""
+    return np.linspace(-1.25 * args.action_bound, 1.25 * args.action_bound, 101)
 
 
 def initial_state(args: Args, key) -> State:
@@ -549,7 +553,7 @@ def evaluate(args: Args, params, key) -> tuple[jax.Array, jax.Array]:
     actions = act(args, params, quantiles, key)
     regret = problem.best - reward(problem, actions).mean()
     is_finite = jnp.isfinite(actions).all()  # the reward's max may swallow a NaN
-    histogram, _ = jnp.histogram(actions, BINS)
+    histogram, _ = jnp.histogram(actions, bin_edges(args))
     return jnp.where(is_finite, regret, jnp.nan), histogram
 
 
@@ -672,7 +676,8 @@ def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
     problem = PROBLEMS[args.problem]
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 3])
-    actions = np.linspace(BINS[0], BINS[-1], 501)
+    edges = bin_edges(args)
+    actions = np.linspace(edges[0], edges[-1], 501)
     left.plot(actions, reward(problem, actions), color="black", label="reward R(a)")
     bump = 0.8 * np.exp(-(((actions - problem.init_mean) / problem.init_std) ** 2) / 2)
     left.fill_between(actions, bump, alpha=0.3, label="initial policy (not to scale)")
@@ -710,7 +715,7 @@ def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
         for name, record in records.items():
             for (i, epoch), regret in np.ndenumerate(record.regret):
                 writer.writerow([name, args.seed + i, epoch, f"{regret:.6g}"])
-    arrays = {"methods": np.array(list(records)), "bins": BINS}
+    arrays = {"methods": np.array(list(records)), "bins": bin_edges(args)}
     for field in Record._fields:
         arrays[field] = np.stack([getattr(record, field) for record in records.values()])
     np.savez_compressed(folder / "results.npz", **arrays)

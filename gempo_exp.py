@@ -925,7 +925,7 @@ class RunFolder:
         try:
             self.path = pathlib.Path(args.resume) if args.resume else create_folder(name)
             self.lock = lock_folder(self.path)
-            start_tracking(args, self.path.name)
+            start_tracking(args, self.path)
             # Not imported by its name: wandb.init has put a class that it follows in its place.
             self.writer = event_file_writer.EventFileWriter(str(self.path), flush_secs=30)
         except OSError as error:
@@ -1286,18 +1286,21 @@ def lock_folder(folder: pathlib.Path):
     return file
 
 
-def start_tracking(args: Args, name: str) -> None:
+def start_tracking(args: Args, folder: pathlib.Path) -> None:
     """With --track, start a Weights and Biases run, which follows TensorBoard writers made later."""
     if not args.track:
         return
     import wandb
 
+    id_file = folder / "wandb_id"  # not the folder's name, which a run elsewhere may have, too
+    if not id_file.exists():
+        id_file.write_text(os.urandom(8).hex())
     try:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
-            name=name,
-            id=name,
+            name=folder.name,
+            id=id_file.read_text(),
             config=asdict(args),
             sync_tensorboard=True,
             save_code=True,

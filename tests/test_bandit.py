@@ -261,6 +261,52 @@ def test_matching_errors_by_hand():
     assert float(jnp.median(exact)) < 1e-9
 
 
+# -------------------------------------- reward and evaluation ------------------------------------
+@pytest.mark.parametrize("name", bandit.PROBLEMS)
+def test_reward_by_its_definition(name):
+    problem = bandit.PROBLEMS[name]
+    actions = np.linspace(-1.5, 1.5, 301).reshape(7, 43)
+    bumps = [
+        height * np.exp(-(((actions - center) / problem.width) ** 2) / 2)
+        for height, center in zip(problem.heights, problem.centers, strict=True)
+    ]
+    rewards = bandit.reward(problem, jnp.array(actions))
+    np.testing.assert_allclose(rewards, np.maximum(*bumps), rtol=1e-5, atol=1e-6)
+    assert problem.best == pytest.approx(float(rewards.max()), abs=1e-5)
+    assert problem.heights[0] < problem.middle < problem.heights[1] == problem.best
+
+
+def constant_policy(args, velocity):
+    """Parameters of a policy whose actions are the noise minus `velocity`, then clipped."""
+    net = bandit.VelocityNet(args.hidden)
+    params = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0), jnp.zeros(1), jnp.zeros(1)))
+    params["params"]["Dense_2"]["bias"] = jnp.full(1, velocity)
+    return params
+
+
+@pytest.mark.parametrize(("bound", "velocity"), [(1.0, 0.4), (2.0, -0.7), (0.8, 5.0)])
+def test_evaluation_of_a_known_policy(bound, velocity):
+    args = bandit.fill_defaults(Args(hidden=8, action_bound=bound))
+    params = constant_policy(args, velocity)
+    regret, histogram = bandit.evaluate(args, params, jax.random.key(0))
+    noise = stats.norm.ppf((np.arange(256) + 0.5) / 256)
+    actions = np.clip(noise - velocity, -bound, bound)
+    rewards = bandit.reward(bandit.PROBLEMS["sharp"], actions)
+    assert float(regret) == pytest.approx(1.0 - float(rewards.mean()), abs=1e-4)
+    # Float32 puts a few actions into the next bin; none is left out, whatever the bound is.
+    edges = bandit.bin_edges(args)
+    expected, _ = np.histogram(actions, edges)
+    assert np.abs(np.cumsum(histogram) - np.cumsum(expected)).max() <= 2
+    assert histogram.sum() == 256
+    assert edges[0] < -bound < bound < edges[-1]
+
+
+def test_evaluation_of_a_broken_policy():
+    args = bandit.fill_defaults(Args(hidden=8))
+    regret, _ = bandit.evaluate(args, constant_policy(args, jnp.nan), jax.random.key(0))
+    assert jnp.isnan(regret)
+
+
 # ---------------------------------------------- runs ---------------------------------------------
 TINY = Args(
     num_seeds=2,

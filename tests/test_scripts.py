@@ -805,8 +805,16 @@ def test_wandb_follows_the_tensorboard_writer_and_goes_on_with_a_resumed_run(tmp
     call, exit_code = calls
     assert exit_code == 0 and followed == [str(run.path)]
     assert call["sync_tensorboard"] and call["resume"] == "allow" and call["entity"] == "team"
-    assert call["name"] == call["id"] == only_run(tmp_path).name
+    assert call["name"] == run.path.name == only_run(tmp_path).name
     assert call["config"] == asdict(args)
+    with GEMPO.RunFolder(replace(args, resume=str(run.path)), 5):
+        assert calls[-1]["id"] == call["id"]  # the same run, of which more is told
+    # A sweep's runs have folders of their own, in which two of one second have one name.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("time.time", lambda: int(run.path.name.rpartition("__")[2]))
+    with GEMPO.RunFolder(args, 0):
+        assert calls[-1]["name"] == call["name"] and calls[-1]["id"] != call["id"]
     other = replace(args, exp_name="other")
     with pytest.raises(SystemExit), GEMPO.RunFolder(other, 0) as run:
         run.require_finite(1, rewards=NAN)
