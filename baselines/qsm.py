@@ -358,11 +358,16 @@ def noise_schedule(t: jax.Array) -> tuple[jax.Array, jax.Array]:
     return alpha, sigma
 
 
+def draw_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal variates of `shape`; drawn as a vector, which XLA compiles much faster."""
+    return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+
+
 def add_noise(key: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Diffuse actions (..., d) to uniform times: x_t (..., d), t (..., 1) and eps (..., d)."""
     t_key, eps_key = jax.random.split(key)
     t = jax.random.uniform(t_key, (*actions.shape[:-1], 1), minval=T_MIN, maxval=T_MAX)
-    eps = jax.random.normal(eps_key, actions.shape)
+    eps = draw_normal(eps_key, actions.shape)
     alpha, sigma = noise_schedule(t)
     return alpha * actions + sigma * eps, t, eps
 
@@ -376,7 +381,7 @@ class DenoisingStep(NamedTuple):
     x_weight: jax.Array
     noise_std: jax.Array  # sqrt(beta_i), and none in the last step
     time_embedding: jax.Array
-    key: jax.Array
+    noise: jax.Array
 
 
 def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: int) -> jax.Array:
@@ -392,7 +397,9 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         alpha, sigma = noise_schedule(times)
     a = alpha[1:] / alpha[:-1]
     beta = 1 - a**2  # since alpha^2 + sigma^2 = 1
-    keys = jax.random.split(key, num_steps + 1)
+    # x_T and the noise of all steps in one draw: many small ones would take longer.
+    shape = num_steps + 1, obs.shape[0], num_samples, actor.action_dim
+    eps = draw_normal(key, shape)
     # Arrays over i = 1..T; the scan goes through them backwards.
     steps = DenoisingStep(
         alpha=alpha[1:],
@@ -401,7 +408,7 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         x_weight=a * sigma[:-1] ** 2 / sigma[1:] ** 2,
         noise_std=jnp.sqrt(beta).at[0].set(0.0),  # none in the last step
         time_embedding=actor.apply(params, times[1:, None], method="embed_time"),
-        key=keys[1:],
+        noise=eps[1:],
     )
     obs_embedding = actor.apply(params, obs[:, None], method="embed_obs")  # (B, 1, hidden_dim)
 
@@ -409,13 +416,12 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         eps_hat = actor.apply(params, x, step.time_embedding, obs_embedding, method="denoise")
         x_0 = jnp.clip((x - step.sigma * eps_hat) / step.alpha, -1.0, 1.0)
         mean = step.x_0_weight * x_0 + step.x_weight * x
-        return mean + step.noise_std * jax.random.normal(step.key, x.shape), None
+        return mean + step.noise_std * step.noise, None
 
-    x = jax.random.normal(keys[0], (obs.shape[0], num_samples, actor.action_dim))
     # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
     # A CPU would gain nothing and compile for half as long again.
     unroll = jax.default_backend() != "cpu"
-    x, _ = jax.lax.scan(denoising_step, x, steps, reverse=True, unroll=unroll)
+    x, _ = jax.lax.scan(denoising_step, eps[0], steps, reverse=True, unroll=unroll)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
 
 

@@ -85,12 +85,6 @@ def schedule(num_steps: int) -> tuple[jax.Array, jax.Array]:
     return times[1:, None], jnp.stack(columns, axis=1)
 
 
-def draw_noise(key: jax.Array, shape: tuple[int, int, int], num_steps: int) -> jax.Array:
-    """The normal variates (T + 1, *shape) that `sample_actions` draws from `key`, in its order."""
-    draw = partial(jax.random.normal, shape=shape)
-    return jax.vmap(draw)(jax.random.split(key, num_steps + 1))
-
-
 def sample_actions(
     actor, params, obs, key, num_samples: int, num_steps: int, dtype=jnp.bfloat16, interpret=False
 ) -> jax.Array:
@@ -101,7 +95,7 @@ def sample_actions(
     num_states, d = obs.shape[0], actor.action_dim
     padding = LANES - d
     times, coefficients = schedule(num_steps)
-    noise = draw_noise(key, (num_states, num_samples, d), num_steps)
+    noise = jax.random.normal(key, (num_steps + 1, num_states, num_samples, d))
     weights = params["params"]
 
     def layer(name):

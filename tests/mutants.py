@@ -111,6 +111,11 @@ shared(mish, "mish_formula", "(e * (e + 2.0) + 2.0)", "(e * (e + 2.0) + 1.0)")
 shared(mish, "mish_overflows", "jnp.exp(jnp.minimum(x, 20.0))", "jnp.exp(x)")
 rounding = f"{DIFFUSION} test_bfloat16_dot_rounds_its_inputs_and_sums_in_float32"
 shared(rounding, "bfloat16_sums", "element_type=jnp.float32", "element_type=jnp.bfloat16")
+drawn = f"{DIFFUSION} test_particles_are_drawn_in_bfloat16_where_that_is_fast"
+shared(drawn, "bfloat16_everywhere", "if has_fast_bfloat16():", "if True:")
+shared(drawn, "bfloat16_nowhere", "if has_fast_bfloat16():", "if False:")
+fast = f"{DIFFUSION} test_where_bfloat16_is_fast"
+shared(fast, "other_bfloat16_instructions", '"amx_bf16" in', '"bf16" in')
 layers = f"{DIFFUSION} test_every_layer_starts_orthogonal_with_gain_sqrt_2_and_zero_bias"
 shared(f"{layers}[32]", "gain_of_one", "orthogonal(math.sqrt(2))", "orthogonal(1.0)")
 shared(f"{layers}[32]", "wide_frequencies", "normal(0.2)", "normal(1.0)")
@@ -168,7 +173,9 @@ predicted = "(x - step.sigma * eps_hat) / step.alpha"
 shared(textbook, "x_0_not_clipped", f"jnp.clip({predicted}, -1.0, 1.0)", predicted)
 shared(textbook, "noise_in_the_last_step", ".at[0].set(0.0)", "")
 shared(textbook, "variance_for_deviation", "noise_std=jnp.sqrt(beta)", "noise_std=beta")
-shared(textbook, "one_noise_for_all_steps", "key=keys[1:]", "key=jnp.full(num_steps, keys[1])")
+once = "noise=jnp.broadcast_to(eps[1], eps[1:].shape)"
+shared(textbook, "one_noise_for_all_steps", "noise=eps[1:]", once)
+shared(textbook, "noise_of_x_T_again", "noise=eps[1:]", "noise=eps[:-1]")
 shared(textbook, "time_before_the_step", "(params, times[1:, None]", "(params, times[:-1, None]")
 shared(textbook, "actions_not_clipped", "return jnp.clip(x, -1.0, 1.0)", "return x")
 
@@ -304,7 +311,7 @@ online = 'params, target_params = agent.params["actor"], agent.slow_params["crit
 target = "next_obs, next_actions).min(axis=0)"
 choice = "choose_best(agent, batch.next_obs, next_actions)"
 target_agent = 'agent.replace(params=agent.params | {"critic": target_params})'
-particles = "particles + args.additive_noise * jax.random.normal(noise_key, particles.shape)"
+particles = "particles + args.additive_noise * draw_normal(noise_key, particles.shape)"
 clipped = "errors = jnp.minimum((eps_hat - eps) ** 2, loss_clip)"
 weighted = "jnp.mean(weights.shape[-1] * weights[..., None] * errors)"
 clip_last = "jnp.mean(jnp.minimum(weights.shape[-1] * weights[..., None] * errors, loss_clip))"

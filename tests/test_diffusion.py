@@ -111,14 +111,14 @@ def test_for_a_gpu_the_result_of_bfloat16_dot_is_rounded_too(monkeypatch):
 
 
 def test_sampler_is_the_textbook_one_with_a_whole_network_at_every_step():
-    """Ancestral DDPM by the posterior mean in beta_i and alpha-bar_i; noise of the same keys."""
+    """Ancestral DDPM by the posterior mean in beta_i and alpha-bar_i; the same noise."""
     actor, params = make_actor()
     key, num_samples, num_steps = jax.random.key(3), 6, 20
     obs = jax.random.normal(jax.random.key(2), (4, 3))
     grid = np.linspace(gempo.T_MIN, gempo.T_MAX, num_steps + 1)
     alpha_bar = helpers.schedule(grid)[0] ** 2
-    keys = jax.random.split(key, num_steps + 1)
-    x = np.float64(jax.random.normal(keys[0], (4, num_samples, 2)))
+    eps = np.float64(jax.random.normal(key, (num_steps + 1, 4, num_samples, 2)))
+    x = eps[0]
     repeated_obs = jnp.repeat(obs[:, None], num_samples, axis=1)
     apply = jax.jit(actor.apply)
     for i in range(num_steps, 0, -1):
@@ -130,11 +130,46 @@ def test_sampler_is_the_textbook_one_with_a_whole_network_at_every_step():
         x = np.sqrt(alpha_bar[i - 1]) * (1 - a_i) * x_0 + np.sqrt(a_i) * (1 - alpha_bar[i - 1]) * x
         x /= 1 - alpha_bar[i]
         if i > 1:
-            x += np.sqrt(1 - a_i) * np.float64(jax.random.normal(keys[i], x.shape))
+            x = x + np.sqrt(1 - a_i) * eps[i]
     ours = np.asarray(gempo.sample_actions(actor, params, obs, key, num_samples, num_steps))
     # In float32, through 20 steps of a random network.
     np.testing.assert_allclose(ours, np.clip(x, -1, 1), atol=2e-4)
     assert (np.abs(ours) <= 1).all() and ours.std() > 0.1
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_particles_are_drawn_in_bfloat16_where_that_is_fast(monkeypatch, is_fast):
+    monkeypatch.setattr(gempo, "has_fast_bfloat16", lambda: is_fast)
+    agent = helpers.create_agent("neg", additive_noise=0.0)
+    agent = agent.replace(slow_params=helpers.as_jax(helpers.perturb(agent.slow_params)))
+    obs, key = jax.random.normal(jax.random.key(1), (5, 3)), jax.random.key(2)
+    ours = gempo.draw_particles(agent, obs, key, jax.random.key(3))
+    dot = gempo.bfloat16_dot if is_fast else jax.lax.dot_general
+    sizes = agent.args.num_particles, agent.args.diffusion_steps
+    inputs = agent.slow_params["actor"], obs, key, *sizes
+    expected = gempo.sample_actions(agent.actor.clone(dot=dot), *inputs)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    other = jax.lax.dot_general if is_fast else gempo.bfloat16_dot
+    rounded_otherwise = gempo.sample_actions(agent.actor.clone(dot=other), *inputs)
+    assert np.abs(ours - rounded_otherwise).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("backend", "cpu_info", "is_fast"),
+    [
+        ("gpu", "flags : sse2", True),
+        ("cpu", "flags : sse2 amx_bf16 amx_tile", True),
+        ("cpu", "flags : sse2 avx512_bf16", False),  # XLA does not use it
+        ("cpu", None, False),
+    ],
+)
+def test_where_bfloat16_is_fast(monkeypatch, tmp_path, backend, cpu_info, is_fast):
+    file = tmp_path / "cpuinfo"
+    if cpu_info is not None:
+        file.write_text(cpu_info)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(gempo.pathlib, "Path", lambda path: file)
+    assert gempo.has_fast_bfloat16() == is_fast
 
 
 def test_bfloat16_changes_the_particles_far_less_than_the_noise_added_to_them():

@@ -41,7 +41,8 @@ def float64_targets(agent, batch, key):
 
 def float64_particles(agent, obs, key, noise_key):
     sample = jax.jit(gempo.sample_actions, static_argnums=(0, 4, 5))
-    pi_old = agent.actor.clone(dot=gempo.bfloat16_dot)
+    dot = gempo.bfloat16_dot if gempo.has_fast_bfloat16() else jax.lax.dot_general
+    pi_old = agent.actor.clone(dot=dot)
     particles = sample(pi_old, agent.slow_params["actor"], obs, key, 16, 4)
     return np.float64(particles) + 0.3 * np.float64(jax.random.normal(noise_key, particles.shape))
 
