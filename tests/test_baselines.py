@@ -1147,7 +1147,7 @@ def test_dacer_gradient_through_the_chain_is_that_of_differences():
     with jax.enable_x64(True):
         agent = fake_agent("dacer", Returns([1.0, 1.2]), diffusion_steps=3)
         params = jax.tree.map(lambda x: np.float64(0.3 * x), agent.params["actor"])
-        obs = np.random.default_rng(0).normal(size=(4, OBS_DIM))
+        obs = np.random.default_rng(0).normal(size=(64, OBS_DIM))
         loss_and_gradient = jax.jit(
             jax.value_and_grad(lambda params: dacer.actor_loss(params, agent, obs, key)[0])
         )
