@@ -1301,7 +1301,7 @@ def test_dipo_sampler_without_noise_is_a_function_of_its_start():
     denoiser = Zero(np.zeros(2), np.ones(2))
     actions = dipo.sample_actions(denoiser, None, jnp.zeros((1, 1)), key, 50, 5, noise=0.0)
     alpha, sigma = helpers.schedule(np.linspace(dipo.T_MIN, dipo.T_MAX, 6))
-    x = normal(jax.random.split(key, 6)[0], (1, 50, 2))
+    x = normal(key, (6, 1, 50, 2))[0]
     for i in range(5, 0, -1):
         a = alpha[i] / alpha[i - 1]
         x_0 = np.clip(x / alpha[i], -1, 1)
