@@ -159,7 +159,7 @@ def test_particles_are_drawn_in_bfloat16_where_that_is_fast(monkeypatch, is_fast
     [
         ("gpu", "flags : sse2", True),
         ("cpu", "flags : sse2 amx_bf16 amx_tile", True),
-        ("cpu", "flags : sse2 avx512_bf16", False),  # XLA does not use it
+        ("cpu", "flags : sse2 avx512_bf16", False),  # not measured
         ("cpu", None, False),
     ],
 )
