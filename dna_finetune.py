@@ -7,18 +7,19 @@
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
 Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) draws groups of n
 sequences from the current model, values them by an oracle, r = oracle(x), and descends, averaged
-over the groups,
+over the groups and divided by the number of letters,
 
     sum_b w_b loss(x_b),   loss(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t)
 
 This is equation 8 with the loss of masked diffusion in the place of the squared error. x_b is one of
-the n sequences, w_b its weight, which rises with r_b inside a group: exp, linear, square, or neg,
-which is linear with a floor ell <= 0, so that the model is pushed away from bad sequences; or wd1, a
-baseline.
+the n sequences, w_b its weight, which rises with r_b inside a group: exp; linear and square, which
+are 0 for the worse ones; neg, which is linear with a floor ell <= 0, so that the model is pushed away
+from bad sequences; or wd1 (Tang et al. 2025), a baseline.
 
 Before that, `prepare` trains two oracles of the activity of DNA, and pretrains the denoiser on the
-same sequences. Each oracle learns from one half of the data: one is the reward, the other one only evaluates. All three
-wait in runs/cache for later runs with the same data and the same flags of these models.
+same sequences. Each oracle learns from one half of the data: one is the reward, the other one only
+evaluates. All three wait in runs/cache for later runs with the same data, the same flags of these
+models and the same code that trains them.
 
 Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your own
 - data: --data-path FILE.tsv.gz, and flags for its columns and the length of its sequences; without
@@ -28,13 +29,18 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
-A run that was stopped goes on with `--resume runs/{run}` from its last checkpoint, and ends bitwise
-as if it had never stopped, on the same machine with as many threads, as long as this file and the
-files that its flags name have not changed. Give it in the folder where the run was started, since
---cache-path and other paths among its flags may be relative. Only the fine-tuning has checkpoints, one every
---checkpoint-frequency updates. Stopped before the first, give the command again: of the three models,
-those that were done are in the cache, and the one that was in training begins anew. For more updates
-than a run's flags say, start a new run.
+A run that was stopped
+- while it trained the oracles or the denoiser: give its command again. The models that were done
+  are in the cache; the one that was in training begins anew
+- before the first checkpoint of the fine-tuning (one every --checkpoint-frequency updates): likewise,
+  and the new run has a new folder
+- later, in the evaluation, too: `--resume runs/{run}` goes on from the last checkpoint. It ends
+  bitwise as if it had never stopped, on the same machine with as many threads, as long as this file
+  (the reward!) and the files that its flags name have not changed. Give it in the folder where the
+  run was started, since --cache-path and other paths among its flags may be relative
+
+A run cannot be made longer, but a new one with --denoiser-path runs/{run}/finetuned.model goes on
+from its model, with a new optimizer.
 
 Shapes: B sequences, or G groups of n; N sequences of data; L letters of a sequence; M motifs.
 """
@@ -75,7 +81,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = "dna_finetune"  # name of this experiment
     seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
-    data_seed: int = 0  # seed of generated data, of their halves, of pretraining and oracles
+    data_seed: int = 0  # seed of generated data, of the data's halves, of pretraining and oracles
     preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
     resume: str | None = None  # runs/{run} to go on from, with its flags; call where it was started
     checkpoint_frequency: int = 20  # updates of the fine-tuning between two checkpoints
@@ -86,7 +92,7 @@ class Args:
     split_column: str | None = None  # data_path: rows with the same entry here are in one half
     sequence_length: int = 200  # letters of a sequence (L); longer and shorter ones are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # start from it; its size and pretraining have no flags then
+    denoiser_path: str | None = None  # start from it; sizes and pretrain_* of the flags go unused
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 6_000  # updates of the pretraining
@@ -135,14 +141,26 @@ PRESETS = {
         learning_rate=1e-4,
     ),
 }
-NATURALS = ("seed", "data_seed", "pretrain_warmup")
-COUNTS = ("hidden_dim", "num_layers", "pretrain_steps", "pretrain_batch_size", "oracle_dim")
-COUNTS += ("oracle_steps", "num_updates", "num_groups", "times_per_sample", "sample_steps")
-COUNTS += ("checkpoint_frequency",)
-LOWEST = dict.fromkeys(NATURALS, 0) | dict.fromkeys(COUNTS, 1)
-LOWEST |= {"group_size": 2, "eval_samples": 2}
-LOWEST |= {"sequence_length": 40}  # room for sites
-LOWEST |= {"data_size": 1_000}  # `compute_metrics` compares with the top 1%, ten sequences then
+LOWEST = {  # of the flags that are whole numbers
+    "seed": 0,
+    "data_seed": 0,
+    "checkpoint_frequency": 1,
+    "sequence_length": 40,  # room for sites
+    "data_size": 1_000,  # `compute_metrics` compares with the top 1%, ten sequences then
+    "hidden_dim": 1,
+    "num_layers": 1,
+    "pretrain_steps": 1,
+    "pretrain_batch_size": 1,
+    "pretrain_warmup": 0,
+    "oracle_dim": 1,
+    "oracle_steps": 1,
+    "num_updates": 1,
+    "num_groups": 1,
+    "group_size": 2,
+    "times_per_sample": 1,
+    "sample_steps": 1,
+    "eval_samples": 2,
+}
 POSITIVES = ("pretrain_lr", "exp_temperature", "target_kl", "learning_rate")
 NAMES = ("cache_path", "data_path", "denoiser_path")
 NAMES += ("sequence_column", "activity_column", "split_column")
@@ -168,6 +186,10 @@ def check_args(args: Args) -> None:
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
+    has_floor = args.weighting == "neg" or args.ell == Args.ell
+    require(
+        args, "ell", has_floor, f"left out with --weighting {args.weighting}, which has no floor"
+    )
     if args.normalizer == "simplex":
         log_n = math.log(args.group_size)  # the KL divergence from uniform is never above it
         below = f"below log(group_size) = {log_n:.3f}"
@@ -267,109 +289,6 @@ def parse_number(text: str) -> float:
         return math.nan
 
 
-# ======================================== GENERATED DATA =========================================
-# Made-up data whose activity is known exactly, so that it shows where the oracles are fooled. The
-# binding sites are real ones of liver cells (as IUPAC consensus); how they act is made up.
-
-
-MOTIFS = {  # name: site, and its effect on the activity; below 0 it represses
-    "HNF1A": ("GTTAATNATTAAC", 1.7),
-    "HNF4A": ("RGGNCAAAGKYCA", 1.6),
-    "CEBPA": ("RTTGCGYAAY", 1.3),
-    "FOXA": ("TRTTTACWYW", 0.9),
-    "ETS": ("MCCGGAAGT", 1.1),
-    "AP-1": ("TGASTCA", 1.2),
-    "CREB": ("TGACGTMA", 1.2),
-    "USF": ("RTCACGTGAY", 0.8),
-    "SP1": ("GGGGCGGGG", 0.7),
-    "NFY": ("RRCCAATSR", 0.7),
-    "SNAI/ZEB": ("CACCTG", -0.5),
-    "GFI1": ("WAATCACWGC", -0.8),
-}
-SITES = [site for site, _ in MOTIFS.values()]
-EFFECTS = np.array([effect for _, effect in MOTIFS.values()], np.float32)
-IUPAC = {"A": [0], "C": [1], "G": [2], "T": [3], "R": [0, 2], "Y": [1, 3], "S": [1, 2]}
-IUPAC |= {"W": [0, 3], "K": [2, 3], "M": [0, 1], "N": [0, 1, 2, 3]}  # tokens of each letter
-WIDTH = max(len(site) for site in SITES)
-WEAK_SITE = 0.3  # strength of a site with one letter wrong
-# The activity is SILENT without sites and RISE above it at most. The constants are such that its
-# median, 99% and 99.9% quantiles, 0.1, 4.9 and 6.1, are near those of the paper's data (.2, 4.6, 6.2).
-SILENT, RISE, HALF_SATURATION, POWER = -1.0, 12.8, 6.5, 2.37
-SITE_SATURATION = 1.5  # how fast further sites of a motif stop to count
-MEASUREMENT_STD = 0.3
-
-
-def site_filters() -> np.ndarray:
-    """Filters (WIDTH, 4, 2, M), which count a site's letters on either strand; N counts nothing."""
-    filters = np.zeros((WIDTH, 4, 2, len(SITES)), np.float32)
-    for k, site in enumerate(SITES):
-        for i, letter in enumerate(site):
-            if letter != "N":
-                tokens = np.array(IUPAC[letter])
-                filters[i, tokens, 0, k] = 1
-                filters[len(site) - 1 - i, 3 - tokens, 1, k] = 1  # its reverse complement
-    return filters
-
-
-@jax.jit
-def find_sites(tokens: jax.Array) -> jax.Array:
-    """Strength (B, L, M) of the site of each motif that starts at each position of tokens (B, L).
-
-    1 for a site, WEAK_SITE with one letter of at least 8 wrong, else 0; the better strand counts.
-    """
-    filters = site_filters()
-    num_letters = filters[:, :, 0].any(axis=1).sum(axis=0)  # (M,), without N
-    x = jax.nn.one_hot(tokens, 4)
-    x = jnp.pad(x, ((0, 0), (0, WIDTH - 1), (0, 0)))  # a site may start at any position
-    layout = ("NWC", "WIO", "NWC")
-    matches = jax.lax.conv_general_dilated(
-        x, filters.reshape(WIDTH, 4, -1), (1,), "VALID", dimension_numbers=layout
-    )
-    matches = matches.reshape(*tokens.shape, 2, -1)  # (B, L, strand, M)
-    missing = num_letters - matches.max(axis=-2)  # (B, L, M)
-    is_weak = (missing == 1) & (num_letters >= 8)
-    strength = jnp.where(missing == 0, 1.0, jnp.where(is_weak, WEAK_SITE, 0.0))
-    ends = jnp.arange(tokens.shape[1])[:, None] + np.array([len(site) for site in SITES])
-    return jnp.where(ends <= tokens.shape[1], strength, 0.0)  # none hangs over the end
-
-
-@jax.jit
-def true_activity(tokens: jax.Array) -> jax.Array:
-    """The activity (B,) of tokens (B, L) in log2 units, without the error of measurement.
-
-    A Hill function of activation / (1 + repression), both sums of effects e_m (1 - exp(-1.5 o_m)),
-    o_m the sum of the strengths of a motif's sites: the second site of a motif adds less than the
-    first.
-    """
-    bound = 1 - jnp.exp(-SITE_SATURATION * find_sites(tokens).sum(axis=1))  # (B, M)
-    activation = bound @ np.maximum(EFFECTS, 0)
-    repression = bound @ np.maximum(-EFFECTS, 0)
-    x = (activation / (1 + repression)) ** POWER
-    return SILENT + RISE * x / (HALF_SATURATION**POWER + x)
-
-
-def generate_data(size: int, length: int, seed: int) -> Data:
-    """`size` sequences of random letters, each with a GC content of its own, with planted sites."""
-    rng = np.random.default_rng(seed)
-    gc = rng.normal(0.46, 0.1, (size, 1)).clip(0.25, 0.75)
-    is_gc = rng.random((size, length)) < gc
-    is_second = rng.random((size, length)) < 0.5
-    tokens = np.where(is_gc, 1 + is_second, 3 * is_second).astype(np.uint8)
-    richness = rng.gamma(4.0, 1 / 4.0, size)  # some sequences have more sites than others
-    for site, effect in zip(SITES, EFFECTS, strict=True):
-        # Each motif in Poisson-many places, on either strand.
-        num_sites = rng.poisson((0.45 if effect > 0 else 0.15) * richness)
-        rows = np.repeat(np.arange(size), num_sites)
-        letters = np.stack([rng.choice(IUPAC[letter], len(rows)) for letter in site], axis=1)
-        is_forward = rng.random((len(rows), 1)) < 0.5
-        letters = np.where(is_forward, letters, 3 - letters[:, ::-1])
-        starts = rng.integers(length - len(site) + 1, size=(len(rows), 1))
-        tokens[rows[:, None], starts + np.arange(len(site))] = letters
-    noise = MEASUREMENT_STD * rng.standard_normal(size)
-    activity = np.float32(in_batches(true_activity, tokens) + noise)
-    return Data(tokens, activity, is_eval_half=rng.random(size) < 0.5)
-
-
 # =========================================== NETWORKS ============================================
 class Denoiser(nn.Module):
     """Logits of p(x_0 | x_t), (..., L, 4), at tokens x_t (..., L).
@@ -443,8 +362,8 @@ def predict(oracle: Model, tokens: jax.Array) -> jax.Array:
 
 
 # =========================================== DIFFUSION ===========================================
-# The smallest time, above 0 since the loss has 1/t. It is the authors' sampler's; their training goes
-# down to 1e-3.
+# The smallest time, above 0 since the loss has 1/t. It is where the authors' sampler ends. Their
+# training ends at 1e-3; here it goes down as far as the sampler does.
 T_MIN = 1e-5
 
 
@@ -564,8 +483,9 @@ def oracle_loss(oracle: Model, batch: tuple, key: jax.Array) -> jax.Array:
     return jnp.mean((predicted - activity) ** 2) / oracle.network.std**2
 
 
-# The code that makes the denoiser and the oracles, as text. It is read at import: `inspect` reads the
-# file as it is when asked, and someone may edit it while they are trained.
+# The code that makes the denoiser and the oracles, as text: a part of their names in the cache, so
+# that an edit of it trains them anew. It is read at import: `inspect` reads the file as it is when
+# asked, and someone may edit it while they are trained.
 FITTED_BY = (Denoiser, Oracle, Model, make_schedule, fit, mask_chance, denoising_loss)
 FITTED_BY += (pretraining_loss, oracle_loss)
 try:
@@ -579,9 +499,9 @@ def fit_or_load(
 ) -> Model:
     """A new model after `fit`, or what that gave an earlier run, from a file in --cache-path.
 
-    The earlier run had the same network, data, settings and CACHED_SOURCE: an edit of any part of that
-    source, if only of a comment, trains all three models anew. A change of a constant or of a library
-    is not noticed: empty the folder then.
+    The earlier run had the same network, data, settings and CACHED_SOURCE (of which an edit of a
+    comment counts, too). A change of a constant or of a library is not noticed: empty the folder
+    then.
     """
     digest = hashlib.sha256(repr((network, settings)).encode() + CACHED_SOURCE.encode())
     for array in jax.tree.leaves(data):
@@ -589,11 +509,15 @@ def fit_or_load(
     path = pathlib.Path(args.cache_path, f"{name}-{digest.hexdigest()[:16]}")
     if path.exists():
         return Model(jax.device_put(read_pickle(path)), network)
-    tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
-    params = jax.jit(network.init)(jax.random.key(settings.seed), tokens)
-    model = fit(name, Model(params, network), loss, data, settings)
+    model = fit(name, create_model(network, args, settings.seed), loss, data, settings)
     write_pickle(path, model.params)
     return model
+
+
+def create_model(network: nn.Module, args: Args, seed: int) -> Model:
+    """An untrained model."""
+    tokens = jnp.zeros((1, args.sequence_length), jnp.uint8)
+    return Model(jax.jit(network.init)(jax.random.key(seed), tokens), network)
 
 
 def pretrain_denoiser(data: Data, args: Args) -> Model:
@@ -660,7 +584,9 @@ def prepare(args: Args) -> Setup:
     # What cannot be made or read ends the run here, not after minutes of training.
     for folder in ("runs", args.cache_path):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    if args.denoiser_path is not None:
+    if args.denoiser_path is None:  # untrained as yet
+        denoiser = create_model(Denoiser(args.hidden_dim, args.num_layers), args, args.data_seed)
+    else:
         denoiser = load_denoiser(args.denoiser_path)
     if args.data_path is None:
         data = generate_data(args.data_size, args.sequence_length, args.data_seed)
@@ -668,11 +594,11 @@ def prepare(args: Args) -> Setup:
         data = read_data(args)
     reward_oracle = train_oracle(data, args, for_evaluation=False)
     eval_oracle = train_oracle(data, args, for_evaluation=True)
-    setup = Setup(data, None, reward_oracle, eval_oracle)
+    setup = Setup(data, denoiser, reward_oracle, eval_oracle)
     checked_reward(data.tokens[:2], setup)  # a reward that fails does so before the pretraining
     if args.denoiser_path is None:
-        denoiser = pretrain_denoiser(data, args)
-    return setup._replace(denoiser=denoiser)
+        setup = setup._replace(denoiser=pretrain_denoiser(data, args))
+    return setup
 
 
 # ============================================ REWARD =============================================
@@ -718,16 +644,20 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # the group, with y = (r - nu) / lambda, and nu such that they do. Its exp is zscore's, with lambda in
 # the place of exp_temperature.
 #
-# lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves all
-# groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
-# --target-kl (Appendix F). With 1.5 nats they are as far from uniform as equal weights on e^-1.5, 22%,
-# of the group and 0 on all others.
+# Which of the two: zscore for the paper's DNA results, or for rewards whose scale you do not know;
+# simplex to set how sharp the weights are (--target-kl), or for what the theory says of them.
 #
-# ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of the
-# reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1 mean
-# weights. In simplex it is in mean weights, 1/n, as in the RL scripts: at -0.3 the lowest is -0.3 of
-# them. 0 is linear. The default, -0.3 (zscore), is the best in the paper; in our smaller runs of -0.05
-# to -0.5 it was -0.5 (zscore; benchmark/DNA.md).
+# lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves
+# all groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
+# --target-kl (Appendix F). With 1.5 nats they are as far from uniform as equal weights on e^-1.5,
+# 22%, of the group and 0 on all others.
+#
+# ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of
+# the reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1
+# mean weights. In simplex it is in mean weights, 1/n, as in the RL scripts: at -0.3 the lowest is
+# -0.3 of them, so zscore's -0.3 is as low as simplex's -1.1. 0 is linear. The default, -0.3
+# (zscore), is the best in the paper; in our smaller runs of -0.05 to -0.5 it was -0.5 (zscore;
+# benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
 # loss then has no lower bound, and no KL term holds the model near the pretrained one; what
@@ -895,6 +825,7 @@ def weighted_loss(denoiser: Model, tokens, weights, key, args: Args) -> jax.Arra
 
     A sum over the n of a group, not divided by the sum of the weights, and a mean over groups.
     """
+    # (times, G, n, L): the times of `denoising_loss` are stratified over the n of a group.
     repeated = jnp.broadcast_to(tokens, (args.times_per_sample, *tokens.shape))
     nats = denoising_loss(denoiser, repeated, key).mean(axis=0)  # (G, n)
     return jnp.mean(jnp.sum(weights * nats, axis=-1)) / tokens.shape[-1]
@@ -971,7 +902,7 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
 
 # ========================================== EVALUATION ===========================================
 def draw_samples(denoiser: Model, args: Args) -> np.ndarray:
-    """Tokens (eval_samples, L), in batches of the fine-tuning's size, for which the sampler is compiled."""
+    """Tokens (eval_samples, L), in batches of the fine-tuning's size: it is compiled for that."""
     size = args.num_groups * args.group_size
     _, eval_key = split_seed(args)
     keys = jax.random.split(eval_key, math.ceil(args.eval_samples / size))
@@ -1009,9 +940,9 @@ def correlate(x: np.ndarray, y: np.ndarray) -> float:
 def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, float]:
     """Metrics of samples, tokens (B, L).
 
-    "The top" are the most active 0.1% of the data (1% of fewer than 100,000 sequences). Motifs are the
-    sites in MOTIFS, for data of your own, too; the paper counts those of JASPAR. Its accessibility
-    accuracy, which needs one more classifier, is not here.
+    "The top" are the most active 0.1% of the data (1% of fewer than 100,000 sequences: two of 200).
+    Motifs are the sites in MOTIFS, for data of your own, too; the paper counts those of JASPAR. Its
+    accessibility accuracy, which needs one more classifier, is not here.
     """
     data = setup.data
     share = 0.001 if len(data.activity) >= 100_000 else 0.01
@@ -1021,7 +952,8 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     # Median activity by the oracle that fine-tuning has not seen: what the paper's Table 3 reports.
     predicted = in_batches(partial(predict, setup.eval_oracle), tokens)
     metrics["predicted_activity"] = np.median(predicted)
-    # Median of what fine-tuning maximizes. Far above predicted_activity: its oracle is being fooled.
+    # Median of what fine-tuning maximizes. If it is an oracle's, far above predicted_activity means
+    # that this oracle is being fooled.
     metrics["reward"] = np.median(checked_reward(tokens, setup))
     # Median of the truth, which only generated data have.
     if args.data_path is None:
@@ -1066,6 +998,110 @@ def report(path: pathlib.Path, before, after, setup: Setup, args: Args) -> dict:
         return metrics
     plot_dna.draw(path)
     return metrics
+
+
+# ======================================== GENERATED DATA =========================================
+# Made-up data whose activity is known exactly, so that it shows where the oracles are fooled. The
+# binding sites are real ones of liver cells (as IUPAC consensus); how they act is made up.
+
+
+MOTIFS = {  # name: site, and its effect on the activity; below 0 it represses
+    "HNF1A": ("GTTAATNATTAAC", 1.7),
+    "HNF4A": ("RGGNCAAAGKYCA", 1.6),
+    "CEBPA": ("RTTGCGYAAY", 1.3),
+    "FOXA": ("TRTTTACWYW", 0.9),
+    "ETS": ("MCCGGAAGT", 1.1),
+    "AP-1": ("TGASTCA", 1.2),
+    "CREB": ("TGACGTMA", 1.2),
+    "USF": ("RTCACGTGAY", 0.8),
+    "SP1": ("GGGGCGGGG", 0.7),
+    "NFY": ("RRCCAATSR", 0.7),
+    "SNAI/ZEB": ("CACCTG", -0.5),
+    "GFI1": ("WAATCACWGC", -0.8),
+}
+SITES = [site for site, _ in MOTIFS.values()]
+EFFECTS = np.array([effect for _, effect in MOTIFS.values()], np.float32)
+IUPAC = {"A": [0], "C": [1], "G": [2], "T": [3], "R": [0, 2], "Y": [1, 3], "S": [1, 2]}
+IUPAC |= {"W": [0, 3], "K": [2, 3], "M": [0, 1], "N": [0, 1, 2, 3]}  # tokens of each letter
+WIDTH = max(len(site) for site in SITES)
+WEAK_SITE = 0.3  # strength of a site with one letter wrong
+# The activity is SILENT without sites and RISE above it at most. The constants are such that its
+# median, 99% and 99.9% quantiles, 0.1, 4.9 and 6.1, are near those of the paper's data (.2, 4.6,
+# 6.2).
+SILENT, RISE, HALF_SATURATION, POWER = -1.0, 12.8, 6.5, 2.37
+SITE_SATURATION = 1.5  # how fast further sites of a motif stop to count
+MEASUREMENT_STD = 0.3
+
+
+def site_filters() -> np.ndarray:
+    """Filters (WIDTH, 4, 2, M), which count a site's letters on either strand; N counts nothing."""
+    filters = np.zeros((WIDTH, 4, 2, len(SITES)), np.float32)
+    for k, site in enumerate(SITES):
+        for i, letter in enumerate(site):
+            if letter != "N":
+                tokens = np.array(IUPAC[letter])
+                filters[i, tokens, 0, k] = 1
+                filters[len(site) - 1 - i, 3 - tokens, 1, k] = 1  # its reverse complement
+    return filters
+
+
+@jax.jit
+def find_sites(tokens: jax.Array) -> jax.Array:
+    """Strength (B, L, M) of the site of each motif that starts at each position of tokens (B, L).
+
+    1 for a site, WEAK_SITE with one letter of at least 8 wrong, else 0; the better strand counts.
+    """
+    filters = site_filters()
+    num_letters = filters[:, :, 0].any(axis=1).sum(axis=0)  # (M,), without N
+    x = jax.nn.one_hot(tokens, 4)
+    x = jnp.pad(x, ((0, 0), (0, WIDTH - 1), (0, 0)))  # a site may start at any position
+    layout = ("NWC", "WIO", "NWC")
+    matches = jax.lax.conv_general_dilated(
+        x, filters.reshape(WIDTH, 4, -1), (1,), "VALID", dimension_numbers=layout
+    )
+    matches = matches.reshape(*tokens.shape, 2, -1)  # (B, L, strand, M)
+    missing = num_letters - matches.max(axis=-2)  # (B, L, M)
+    is_weak = (missing == 1) & (num_letters >= 8)
+    strength = jnp.where(missing == 0, 1.0, jnp.where(is_weak, WEAK_SITE, 0.0))
+    ends = jnp.arange(tokens.shape[1])[:, None] + np.array([len(site) for site in SITES])
+    return jnp.where(ends <= tokens.shape[1], strength, 0.0)  # none hangs over the end
+
+
+@jax.jit
+def true_activity(tokens: jax.Array) -> jax.Array:
+    """The activity (B,) of tokens (B, L) in log2 units, without the error of measurement.
+
+    A Hill function of activation / (1 + repression), both sums of effects e_m (1 - exp(-1.5 o_m)),
+    o_m the sum of the strengths of a motif's sites: the second site of a motif adds less than the
+    first.
+    """
+    bound = 1 - jnp.exp(-SITE_SATURATION * find_sites(tokens).sum(axis=1))  # (B, M)
+    activation = bound @ np.maximum(EFFECTS, 0)
+    repression = bound @ np.maximum(-EFFECTS, 0)
+    x = (activation / (1 + repression)) ** POWER
+    return SILENT + RISE * x / (HALF_SATURATION**POWER + x)
+
+
+def generate_data(size: int, length: int, seed: int) -> Data:
+    """`size` sequences of random letters, each with a GC content of its own, with planted sites."""
+    rng = np.random.default_rng(seed)
+    gc = rng.normal(0.46, 0.1, (size, 1)).clip(0.25, 0.75)
+    is_gc = rng.random((size, length)) < gc
+    is_second = rng.random((size, length)) < 0.5
+    tokens = np.where(is_gc, 1 + is_second, 3 * is_second).astype(np.uint8)
+    richness = rng.gamma(4.0, 1 / 4.0, size)  # some sequences have more sites than others
+    for site, effect in zip(SITES, EFFECTS, strict=True):
+        # Each motif in Poisson-many places, on either strand.
+        num_sites = rng.poisson((0.45 if effect > 0 else 0.15) * richness)
+        rows = np.repeat(np.arange(size), num_sites)
+        letters = np.stack([rng.choice(IUPAC[letter], len(rows)) for letter in site], axis=1)
+        is_forward = rng.random((len(rows), 1)) < 0.5
+        letters = np.where(is_forward, letters, 3 - letters[:, ::-1])
+        starts = rng.integers(length - len(site) + 1, size=(len(rows), 1))
+        tokens[rows[:, None], starts + np.arange(len(site))] = letters
+    noise = MEASUREMENT_STD * rng.standard_normal(size)
+    activity = np.float32(in_batches(true_activity, tokens) + noise)
+    return Data(tokens, activity, is_eval_half=rng.random(size) < 0.5)
 
 
 # ============================================= MAIN ==============================================
@@ -1212,6 +1248,7 @@ def parse_args(args_class: type = Args) -> Args:
 
     baselines/dna_guidance.py imports this file, and has a class of flags of its own.
     """
+    # Parsed twice: for --preset, and with its sizes as the defaults.
     known, _ = tyro.cli(args_class, add_help=False, return_unknown_args=True)
     # `check_args` cannot tell a flag with its default value from one that is not given.
     flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}

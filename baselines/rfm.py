@@ -35,13 +35,13 @@ code. A flow that already samples exp(Q / temperature) is thereby played at half
 
 Settings: the authors' code (github.com/azizanlab/ReverseFlowMatching), on DeepMind Control tasks.
 There: an actor of two residual GELU blocks whose time features are sinusoids, 10,000 random steps,
-evaluation from one fixed key, losses one after another, each at what was just updated. Here: the
-siblings' networks and protocol, with new latents at each step of an evaluation, and all losses at
-the parameters before the update. The temperature was chosen for returns of at
-most 1,000 with |Q| of at most 100; where |Q| is larger, one proposal may get all the weight: raise
+evaluation with a key made from the observation, losses one after another, each at what was just
+updated. Here: the siblings' networks and protocol, with new latents at each step of an evaluation,
+and all losses at the parameters before the update. The temperature was chosen for returns of at most
+1,000 with |Q| of at most 100; where |Q| is larger, one proposal may get all the weight: raise
 --temperature or lower --reward-scale. `charts/ess`, the effective number of proposals, shows it: it
-is a mean over t, near 1 at small t in any case, where the proposals are (1 - t) / t wide and most
-of them far out on the tanh; only a mean near 1 says that the critics are too sharp.
+is a mean over t, near 1 at small t in any case, where the proposals are (1 - t) / t wide and most of
+them far out on the tanh; only a mean near 1 says that the critics are too sharp.
 
 Usage: `python rfm.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, networks, loop, log and checkpoints: the diff of the two files is the
@@ -98,7 +98,7 @@ class Hyperparameters:
     hidden_dim: int = 256  # width of the hidden layers of actor and critics
     num_particles: int = 32  # samples of the policy of which an action is chosen (N)
     flow_steps: int = 10  # Euler steps of the sampler (T)
-    num_proposals: int = 100  # proposals that estimate the posterior mean (K)
+    num_proposals: int = 100  # proposals that estimate the posterior mean (K >= 2)
     temperature: float = 0.02  # of the flow's target and of the choice among N, in units of Q
     reward_scale: float = 1.0  # factor on the rewards that the critics learn from
 
@@ -153,6 +153,7 @@ def check_args(args: Args) -> None:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     for flag in ("gamma", "tau"):
         require(args, flag, 0 <= getattr(args, flag) <= 1, "a number from 0 to 1")
+    require(args, "num_proposals", args.num_proposals >= 2, "a whole number, at least 2")
     below = f"below --total-timesteps, {args.total_timesteps}"
     require(args, "learning_starts", args.learning_starts < args.total_timesteps, below)
     at_most = f"at most --buffer-size, {args.buffer_size}"
@@ -234,9 +235,37 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     By default gymnasium spends the next step on the reset and ignores its action, which would make
     a false transition.
     """
-    constructors = [partial(make_env, env_id)] * num_envs
+
+    def make_one():
+        return EpisodeInfo(make_env(env_id))
+
     same_step = gym.vector.AutoresetMode.SAME_STEP
-    return gym.vector.SyncVectorEnv(constructors, autoreset_mode=same_step)
+    return gym.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=same_step)
+
+
+class EpisodeInfo(gym.Wrapper):
+    """Leaves of `info` what `episode_charts` reads, at an episode's last step, with numbers as floats.
+
+    gymnasium stacks the environments' infos in arrays with the shape and the type of the first: those
+    of other environments may not fit, or may be rounded.
+    """
+
+    def reset(self, **options):
+        obs, _ = self.env.reset(**options)
+        return obs, {}
+
+    def step(self, action):
+        *transition, info = self.env.step(action)
+        kept = {}
+        if "whole_episode" in info:
+            charts = {name: float(value) for name, value in info.get("charts", {}).items()}
+            kept = {"whole_episode": info["whole_episode"], "charts": charts}
+        return *transition, kept
+
+
+def episode_seeds(seed: int, count: int) -> list[int]:
+    """`count` seeds from `seed` on, below 2**32: dm_control's environments take no greater ones."""
+    return [(seed + i) % 2**32 for i in range(count)]
 
 
 def episode_charts(infos: dict, index: int) -> dict[str, float]:
@@ -246,7 +275,7 @@ def episode_charts(infos: dict, index: int) -> dict[str, float]:
     are logged beside these.
     """
     final = infos["final_info"]
-    statistics = final.get("whole_episode") or final["episode"]  # of older checkpoints
+    statistics = final["whole_episode"]
     charts = {
         "charts/episodic_return": statistics["r"][index],
         "charts/episodic_length": statistics["l"][index],
@@ -277,7 +306,8 @@ class Actor(nn.Module):
 
     The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
     then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a time, and not
-    for every particle at every time: 36% fewer multiply-adds at the default sizes.
+    for every particle at every time: 36% fewer multiply-adds at the default sizes. In a network of
+    your own, both may return their argument, and `denoise` does it all.
     """
 
     action_dim: int
@@ -416,7 +446,7 @@ def estimate_posterior(log_density, y_t, t, key, num_proposals: int, control=Non
 
 # ========================================= REPLAY BUFFER =========================================
 class Transition(NamedTuple):
-    """Transitions as arrays with one batch axis, of E, B or all rows: obs (E, obs_dim), rewards (E,)."""
+    """Transitions as arrays with one batch axis of E, B or all rows: obs (E, obs_dim), rewards (E,)."""
 
     obs: Any
     actions: Any  # in [-1, 1]
@@ -639,7 +669,7 @@ def train_step(agent: Agent, buffer: ReplayBuffer, transitions: Transition, key,
     """The device's work of a step: insert E transitions, then make E * updates_per_step updates.
 
     Returns agent, buffer and metrics; the agent and the buffer passed in are gone. `key` may be
-    the same at each call, `step` may not.
+    the same at each call, `step` may not: the random numbers are made from both.
     """
     buffer = add_transitions(buffer, transitions)
     num_updates = len(transitions.rewards) * agent.args.updates_per_step
@@ -668,7 +698,7 @@ def evaluate(agent: Agent, envs: list[gym.Env], seed: int, run: "RunFolder | Non
 
     Depends on agent and seed alone. A signal to the `run` ends it early, without scores.
     """
-    seeds = [(seed + i) % 2**32 for i in range(len(envs))]  # dm_control's take no greater ones
+    seeds = episode_seeds(seed, len(envs))
     obs = [env.reset(seed=own_seed)[0] for env, own_seed in zip(envs, seeds, strict=True)]
     obs = np.stack(obs).astype(np.float32)
     returns = np.zeros(len(envs))
@@ -701,11 +731,11 @@ LOG_FREQUENCY = 100  # environment steps between two entries of the losses
 class State(NamedTuple):
     """All that training changes: a checkpoint is one of these, and the flags.
 
-    Resuming is exact because learning depends on nothing else. Random keys are made from the seed and the step
-    (`jax.random.fold_in`), so there are none to keep; environments are saved with their simulators
-    and random generators (where they can be pickled; a line says so where not); what TensorBoard
-    was told after the checkpoint is dropped and told again. Only an evaluation that a signal cut
-    short is not made up for.
+    Resuming is exact, on the same machine, because learning depends on nothing else. Random keys are
+    made from the seed and the step (`jax.random.fold_in`), so there are none to keep; environments
+    are saved with their simulators and random generators (where they can be pickled; a line says so
+    where not); what TensorBoard was told after the checkpoint is dropped and told again. Only an
+    evaluation that a signal cut short is not made up for.
     """
 
     step: int  # environment steps made, over all environments
@@ -737,7 +767,7 @@ def create_state(args: Args) -> State:
     choose_renderer(args)
     envs = make_envs(args.env_id, args.num_envs)
     envs.action_space.seed(args.seed)
-    obs, _ = envs.reset(seed=args.seed)  # environment i gets seed + i
+    obs, _ = envs.reset(seed=episode_seeds(args.seed, args.num_envs))
     dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     init_key, _, _ = run_keys(args.seed)
     agent = create_agent(args, *dims, init_key)
@@ -793,7 +823,8 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
         state = State(step, agent, buffer, envs, new_obs, transitions)
 
-        # 4. Once in a while: log, evaluate, save. Only here the loop waits for this round's updates.
+        # 4. Once in a while: log, evaluate, save. This waits for the round's updates; else the next
+        #    `act` does.
         for i in ended:
             run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
         if is_learning and is_due(LOG_FREQUENCY, before, step):
@@ -881,7 +912,9 @@ class RunFolder:
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
-            stop_tracking(self.args, exit_code=0 if error_type is None else 1)
+            is_failed = error_type is not None
+            exit_code = 128 + self.stop_signal if self.stop_signal else int(is_failed)
+            stop_tracking(self.args, exit_code)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; one more than a second later ends the process.
@@ -975,11 +1008,14 @@ class RunFolder:
         for speed in self.speed().values():
             left = tqdm.format_interval((total - step) / speed)
             parts += [f"{speed:.3g} steps/s", f"{left} left"]
-        print(", ".join(parts), flush=True)
+        try:
+            print(", ".join(parts), flush=True)
+        except OSError as error:  # into a file on a full disk
+            self.stop(step, error)
 
     def announce_long_run(self, step: int) -> None:
         """Say once how long a run without an accelerator will take, if more than an hour."""
-        if self.is_long_run_announced or not self.durations or jax.default_backend() != "cpu":
+        if self.is_long_run_announced or jax.default_backend() != "cpu":
             return
         self.is_long_run_announced = True
         hours = (self.args.total_timesteps - step) / self.speed()["charts/SPS"] / 3600
@@ -1113,12 +1149,14 @@ def load_state(args: Args) -> tuple[Args, State]:
     allow_local_modules(args.env_id)
     try:
         envs, obs = pickle.loads(content["envs"]), content["obs"]
+        # One that only points to its simulator, in a process that is gone, fails when it is used.
+        trial = pickle.loads(content["envs"])
+        trial.step(trial.action_space.sample())
     except Exception:  # of any kind; they are None where they could not be pickled
         print(f"{args.env_id} cannot be restored exactly: new episodes start", flush=True)
         envs = make_envs(args.env_id, args.num_envs)
-        seed = (args.seed + step) % 2**32
-        envs.action_space.seed(seed)
-        obs, _ = envs.reset(seed=seed)
+        envs.action_space.seed((args.seed + step) % 2**32)
+        obs, _ = envs.reset(seed=episode_seeds(args.seed + step, args.num_envs))
     return args, State(step, agent, buffer, envs, np.float32(obs), transitions)
 
 
@@ -1128,6 +1166,15 @@ def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
     gymnasium's own way (EzPickle) would construct them anew; here the attributes are kept. One that
     has a way of its own, to open a connection anew, say, counts as one that cannot be pickled.
     """
+    methods = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+
+    def has_own_way(env_class):
+        usual = (object, gym.utils.EzPickle)
+        for name in methods:
+            known = [getattr(a_class, name, None) for a_class in usual]
+            if getattr(env_class, name, None) not in known:
+                return True
+        return False
 
     def set_attributes(env, attributes):
         vars(env).update(attributes)
@@ -1135,8 +1182,7 @@ def pickle_environments(envs: gym.vector.VectorEnv) -> bytes | None:
     class EnvironmentPickler(cloudpickle.Pickler):
         def reducer_override(self, value):
             if isinstance(value, gym.Env):
-                own_way = getattr(type(value), "__setstate__", None)
-                if own_way not in (None, gym.utils.EzPickle.__setstate__):
+                if has_own_way(type(value)):
                     raise pickle.PicklingError("it has a way of its own")
                 # Constructor, its arguments, state, list and dict items (none), how to set the state.
                 return object.__new__, (type(value),), vars(value), None, None, set_attributes
@@ -1156,7 +1202,7 @@ def checkpoint_steps(folder: pathlib.Path) -> list[int]:
 
 
 def find_file(path: pathlib.Path) -> pathlib.Path:
-    """`path` itself if it is a file; of a run's folder the newest checkpoint, else the saved model."""
+    """`path` if it is a file; of a run's folder the newest checkpoint, else the saved model."""
     if not path.is_dir():
         return path
     steps = checkpoint_steps(path / "checkpoints")
@@ -1195,17 +1241,17 @@ def create_folder(name: str) -> pathlib.Path:
 
 
 def lock_folder(folder: pathlib.Path):
-    """An open file that keeps other processes out of `folder`; OSError if one is in it."""
+    """An open file that keeps other processes out of `folder`; BlockingIOError if one is in it."""
     file = open(folder / "lock", "w")  # noqa: SIM115 (closed with the run)
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return file
 
 

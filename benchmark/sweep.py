@@ -275,6 +275,8 @@ def check_args(args: Args) -> None:
     require("cpus_per_run", 0 < cpus < math.inf, "a finite number above 0")
     gpus_allowed = 0 <= gpus <= 1 or gpus in range(2, 1000)
     require("gpus_per_run", gpus_allowed, "from 0 to 1, or a whole number")
+    is_node = args.address is None or "://" not in args.address
+    require("address", is_node, "auto or HOST:PORT, of a cluster of which this machine is a node")
     if args.num_cpus is not None:
         is_enough = args.num_cpus >= max(cpus, 1)
         require("num_cpus", is_enough, "a whole number, at least --cpus-per-run")
@@ -675,6 +677,10 @@ def open_output(path: pathlib.Path):
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / "index.jsonl", "a")  # noqa: SIM115 (held until the process ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        entries = (path / "index.jsonl").read_bytes()
+        if entries and not entries.endswith(b"\n"):  # the last one was cut off by a crash
+            lock.write("\n")
+            lock.flush()
     except OSError as error:
         allowed = "a folder that can be written and that no other sweep is using"
         raise SystemExit(f"--output-path must be {allowed}, got {path}: {error}") from None

@@ -147,8 +147,15 @@ def make_rendered(script: ModuleType, env_id: str, args: Args) -> gym.Env:
             drawing["camera_name"] = "track"
     env.close()
     spec.kwargs = original | drawing
-    env = script.make_env(env_id)
-    spec.kwargs = original
+    try:
+        env = script.make_env(env_id)
+    except (
+        SystemExit
+    ):  # one that takes no sizes: `write_film` fits the frames to --width and --height
+        spec.kwargs = original | {"render_mode": drawing["render_mode"]}
+        env = script.make_env(env_id)
+    finally:
+        spec.kwargs = original
     try:
         env.reset()
         env.render()
@@ -162,13 +169,18 @@ def play(saved: Saved, args: Args) -> tuple[list[Watched], float]:
     script, run_args, agent, step = saved
     seed = args.seed
     if seed is None:  # as `train` has it; a saved model is of the end
-        seed = run_args.seed + script.EVAL_SEED_STRIDE * (step or run_args.total_timesteps)
+        rounds = math.ceil(run_args.total_timesteps / run_args.num_envs)
+        seed = run_args.seed + script.EVAL_SEED_STRIDE * (step or rounds * run_args.num_envs)
     is_drawn = args.output is not None or has_display()
     script.choose_renderer(replace(run_args, capture_video=is_drawn))
     episodes = args.episodes or run_args.eval_episodes
     envs = [Watched(script.make_env(run_args.env_id)) for _ in range(episodes)]
     rate = envs[0].metadata.get("render_fps", 30)  # steps a second
     skip = args.skip or math.ceil(rate / 30)
+    if args.output is not None and args.output.suffix == ".gif":
+        skip = max(
+            skip, math.ceil(rate / 50)
+        )  # viewers slow down a GIF of more than 50 frames a second
     if is_drawn:
         env = make_rendered(script, run_args.env_id, args)
         max_frames = 0 if args.output is None else math.ceil(args.seconds * rate / skip)
@@ -204,7 +216,10 @@ def write_gif(path: pathlib.Path, images: list[Image.Image], rate: float, colors
     palette = Image.fromarray(sample).quantize(colors)
     no_dither = Image.Dither.NONE
     first, *others = [image.quantize(palette=palette, dither=no_dither) for image in images]
-    first.save(path, save_all=True, append_images=others, duration=1000 / rate, loop=0)
+    # A GIF has durations of whole centiseconds: so that their sum is right, not all are equal.
+    ends = np.rint(100 * np.arange(len(images) + 1) / rate).astype(int)
+    durations = [10 * int(centiseconds) for centiseconds in np.diff(ends)]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def main(args: Args) -> None:

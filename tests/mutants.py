@@ -473,6 +473,18 @@ shared(
     "            if isinstance(value, gym.Env):\n",
     "            if False:\n",
 )
+simulator = f"{CHECKPOINTS} test_an_environment_whose_simulator_is_gone_begins_a_new_episode"
+shared(simulator, "restored_untried", "        trial.step(trial.action_space.sample())\n", "")
+way = f"{CHECKPOINTS} test_an_environment_with_a_reduction_of_its_own_counts_as_one_that_cannot_be_pickled"
+ways = '("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")'
+shared(way, "reduction_ignored", ways, '("__getstate__", "__setstate__")')
+uneven = f"{SCRIPTS} test_infos_of_unequal_shapes_and_types_do_no_harm"
+shared(
+    uneven, "infos_as_they_are", "return EpisodeInfo(make_env(env_id))", "return make_env(env_id)"
+)
+shared(uneven, "charts_of_one_type", "float(value) for name, value", "value for name, value")
+below = f"{SCRIPTS} test_seeds_of_several_environments_stay_below_2_to_the_32"
+shared(below, "seed_too_great", "(seed + i) % 2**32 for", "seed + i for")
 other = f"{CHECKPOINTS} test_other_scripts_sizes_flags_and_missing_folders_are_refused"
 shared(other, "other_script_accepted", 'if content["script"] != Args.exp_name:', "if False:")
 flipped = f"{CHECKPOINTS} test_a_flipped_bit_is_noticed_in_any_place"
@@ -558,6 +570,12 @@ smaller = "mean.argmin(axis=0)[None]"
 baseline("dacer", row, "larger_critic", smaller, "mean.argmax(axis=0)[None]")
 last = "writes_the_drawn_rows_alone_and_of_equal_ones_the_last"
 baseline("dipo", last, "any_of_equal_rows", ', mode="drop")', ', mode="clip")')
+second = "slow_actor_follows_at_every_second_update_on_halfcheetah"
+baseline("dipo", second, "at_every_update", "% agent.args.slow_actor_interval == 0", "% 1 == 0")
+together = "limits_the_norm_of_both_critics_together_and_of_the_actor_alone"
+baseline("dipo", together, "no_limit", "optax.chain(clip, optax.adam", "optax.chain(optax.adam")
+each = "limits_the_norm_of_each_critic_by_itself"
+baseline("rfm", each, "one_norm", "return jax.vmap(clip_one)(grads)", "return clip_one(grads)")
 
 
 # --------------------------------------------------- run -------------------------------------------------

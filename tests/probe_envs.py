@@ -120,6 +120,22 @@ class OwnCharts(Counting):
         return obs, reward, terminated, truncated, info
 
 
+class UnevenInfo(Counting):
+    """Its info differs from environment to environment in shape and type; logs half its number."""
+
+    def info(self):
+        return {"path": np.zeros(1 + self.number % 3), "goal": None if self.number % 2 else 1}
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, self.info()
+
+    def step(self, action):
+        *transition, _ = super().step(action)
+        half = self.number / 2 if self.number % 2 else self.number // 2  # a float or an integer
+        return *transition, self.info() | {"charts": {"half": half}}
+
+
 class Endless(Probe):
     horizon = None
 
@@ -203,6 +219,27 @@ class OwnPickling(Counting):
         self.connection = next(self.connections)
 
 
+class OwnReduction(Counting):
+    """Pickled by a way of its own."""
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Handle(Counting):
+    """Its simulator is elsewhere, and found by a number; it ends with the process."""
+
+    simulators = {}  # noqa: RUF012 (of all of them)
+
+    def __init__(self):
+        super().__init__()
+        self.simulators[self.number] = "a simulator"
+
+    def step(self, action):
+        assert self.simulators[self.number]
+        return super().step(action)
+
+
 class StartsWithNaN(Probe):
     def show(self):
         return np.nan if self.steps == 0 else 0.0
@@ -222,5 +259,6 @@ PROBES += [CountingTruncated, Staggered, StaggeredTruncated, OwnCharts, Endless,
 PROBES += [TupleObservations, MatrixObservations, SequenceObservations, UnboundedActions]
 PROBES += [MatrixActions, DictActions, FailsAtOnce, IntegerActions, OneAction]
 PROBES += [RefusesOtherActions, OwnStatistics, OwnPickling, StartsWithNaN]
+PROBES += [UnevenInfo, OwnReduction, Handle]
 for probe in PROBES:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

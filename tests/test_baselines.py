@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from operator import itemgetter
 from types import SimpleNamespace
@@ -367,7 +367,7 @@ def test_flags_of_its_own_are_checked(name, value):
     own -= {"gamma", "tau"}
     for flag in own - CAN_BE_ZERO if value == 0 else own:
         default = getattr(script.Args(), flag)
-        is_whole = isinstance(default, int) or flag in ("td_best_of", "improvement_steps")
+        is_whole = isinstance(default, int) or flag in WHOLE_OR_NONE
         if is_whole and not math.isfinite(value):
             continue
         with pytest.raises(SystemExit) as stop:
@@ -377,6 +377,26 @@ def test_flags_of_its_own_are_checked(name, value):
 
 
 CAN_BE_ZERO = {"target_noise", "target_noise_clip", "exploration_noise", "entropy_weight"}
+WHOLE_OR_NONE = {"td_best_of", "improvement_steps", "slow_actor_interval"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("qvpo", {"num_particles": 1}, "--num-particles must be a whole number, at least 2, got 1"),
+        ("rfm", {"num_proposals": 1}, "--num-proposals must be a whole number, at least 2, got 1"),
+        (
+            "qsm",
+            {"gradient_scale": 5.0, "temperature": 0.2},
+            "--temperature must be left out with --gradient-scale, got 0.2",
+        ),
+    ],
+)
+def test_flags_with_which_nothing_is_learned_or_that_do_nothing_are_refused(name, flags, message):
+    script = SCRIPTS[name]
+    with pytest.raises(SystemExit) as stop:
+        script.check_args(script.Args(**flags))
+    assert str(stop.value) == message
 
 
 def test_a_copy_in_an_empty_folder_runs(tmp_path):
@@ -834,13 +854,25 @@ def test_sac_gradient_of_the_actor_is_that_of_the_expected_loss():
     np.testing.assert_allclose(gradient, expected, atol=0.01)  # 4 standard errors
 
 
-def test_sac_log_std_starts_inside_its_limits_for_the_widest_observations():
-    """Outside them it would have no gradient. Humanoid-v5: 348 numbers, of any size."""
-    sac = SCRIPTS["sac"]
-    actor, obs = sac.Actor(17), jax.random.normal(jax.random.key(1), (256, 348))
+@pytest.mark.parametrize(
+    ("env_id", "lowest", "highest"), [("HalfCheetah-v5", 0.65, 1), ("Humanoid-v5", 0.4, 0.6)]
+)
+def test_share_of_sacs_log_stds_that_start_inside_their_limits(env_id, lowest, highest):
+    """Outside they have no gradient of their own. Humanoid-v5 has the widest observations."""
+    sac, env = SCRIPTS["sac"], gym.make(env_id)
+    env.action_space.seed(0)
+    obs, _ = env.reset(seed=0)
+    visited = [obs]
+    for _ in range(100):
+        obs, _, terminated, _, _ = env.step(env.action_space.sample())
+        if terminated:
+            obs, _ = env.reset()
+        visited.append(obs)
+    obs = np.float32(visited)
+    actor = sac.Actor(env.action_space.shape[0])
     _, log_std = actor.apply(actor.init(jax.random.key(0), obs), obs)
     inside = (log_std > sac.LOG_STD_MIN) & (log_std < sac.LOG_STD_MAX)
-    assert inside.mean() > 0.5
+    assert lowest < inside.mean() < highest
 
 
 # ------------------------------------------------ QSM ------------------------------------------------
@@ -1255,6 +1287,63 @@ def test_dipo_actors_loss_is_gempos_with_equal_weights_and_no_clip():
     gempos = gempos_loss(params, agent.actor, obs, *one_particle, key, math.inf)
     ours = jax.jit(dipo.actor_loss, static_argnums=1)(params, agent.actor, obs, actions, key)
     assert ours == pytest.approx(float(gempos), rel=1e-5)
+
+
+def test_dipo_slow_actor_follows_at_every_second_update_on_halfcheetah():
+    dipo, pool = SCRIPTS["dipo"], make_pool()
+    intervals = [dipo.learning_part(dipo.Args(env_id=f"{x}-v5")) for x in ("Hopper", "HalfCheetah")]
+    assert [args.slow_actor_interval for args in intervals] == [1, 2]
+    agent = perturbed_agent("dipo")
+    agent = agent.replace(args=replace(agent.args, slow_actor_interval=2))
+    first = one_update("dipo", agent, pool)
+    second = one_update("dipo", jax.tree.map(jnp.copy, first.after), pool)
+    for done, part, tau in (
+        (first, "actor", 0.0),
+        (first, "critic", 0.05),
+        (second, "actor", 0.05),
+    ):
+        old, new = done.before.slow_params[part], done.after.params[part]
+        expected = jax.tree.map(lambda x, y, tau=tau: x + tau * (y - x), old, new)
+        assert distance(done.after.slow_params[part], expected) < 1e-6
+
+
+def limited(grads, limit):
+    """Gradients scaled to a norm of at most `limit`, in float64."""
+    grads = helpers.float64(grads)
+    norm = math.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+    return jax.tree.map(lambda leaf: leaf * min(1.0, limit / norm), grads)
+
+
+def first_step_of_adam(grads, learning_rate, eps):
+    return jax.tree.map(lambda g: -learning_rate * g / (np.abs(g) + eps), grads)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_dipo_limits_the_norm_of_both_critics_together_and_of_the_actor_alone(scale):
+    """With a large eps the step of Adam shows the size of the gradient."""
+    dipo, agent = SCRIPTS["dipo"], perturbed_agent("dipo")
+    limit = agent.args.max_grad_norm
+    grads = jax.tree.map(lambda leaf: scale * leaf, agent.params)
+    optimizer = dipo.make_optimizer(agent.args)
+    changes, _ = optimizer.update(grads, optimizer.init(agent.params))
+    for part, rate in (("actor", agent.args.policy_lr), ("critic", agent.args.q_lr)):
+        expected = first_step_of_adam(limited(grads[part], limit), rate, dipo.ADAM_EPS)
+        assert distance(changes[part], expected) < 1e-4 * rate
+
+
+def test_rfm_limits_the_norm_of_each_critic_by_itself():
+    rfm, agent = SCRIPTS["rfm"], perturbed_agent("rfm")
+    grads = jax.tree.map(
+        lambda leaf: leaf * np.float32([0.01, 50]).reshape(2, *[1] * (leaf.ndim - 1)),
+        agent.params["critic"],
+    )
+    clipped = rfm.clip_each_critic(grads)
+    for critic in (0, 1):
+        alone = jax.tree.map(lambda leaf, i=critic: leaf[i], grads)
+        ours = jax.tree.map(lambda leaf, i=critic: leaf[i], clipped)
+        expected = limited(alone, rfm.MAX_GRAD_NORM)
+        assert distance(ours, expected) < 1e-5
+        assert (distance(ours, alone) > 1e-2) == (critic == 1)  # only the second one was too long
 
 
 def test_dipo_writes_the_drawn_rows_alone_and_of_equal_ones_the_last():

@@ -400,6 +400,7 @@ def test_scripts_are_found_by_name_with_folder_or_path(monkeypatch, tmp_path):
         (dict(cpus_per_run=0.0), [], "--cpus-per-run must be a finite number above 0, got 0"),
         (dict(gpus_per_run=1.5), [], "--gpus-per-run must be from 0 to 1, or .*, got 1.5"),
         (dict(num_cpus=1, cpus_per_run=2.0), [], "--num-cpus must be .*--cpus-per-run, got 1"),
+        (dict(address="ray://head:10001"), [], "--address must be auto or HOST:PORT, of a cluster"),
         (dict(num_cpus=1, address="auto"), [], "--num-cpus must be left out with --address"),
         ({}, ["--gama", "0.9"], "--gama must be a flag of one of the scripts"),
         ({}, ["0.9"], "-- must be followed by flags of the scripts .*, got 0.9"),
@@ -568,6 +569,10 @@ def test_an_index_cut_off_by_a_crash_is_read(tmp_path):
     index = tmp_path / "index.jsonl"
     index.write_text('{"folder": "a", "state": "running"}\n{"folder": "a", "sta')
     assert sweep.read_index(index) == {"a": {"folder": "a", "state": "running"}}
+    sweep.open_output(tmp_path).close()
+    with open(index, "a") as file:
+        file.write('{"folder": "a", "state": "done"}\n')  # which the cut one does not swallow
+    assert sweep.read_index(index) == {"a": {"folder": "a", "state": "done"}}
 
 
 # ---------------------------------------------- plots ---------------------------------------------
@@ -1155,6 +1160,37 @@ def test_the_length_of_a_gif_ends_with_its_episode(trained, offscreen, capsys, t
             durations.append(gif.info["duration"])
             assert len(gif.convert("RGB").getcolors()) <= 8
     assert sum(durations) == 40 * (steps + 1)  # equal frames are merged
+
+
+@pytest.mark.parametrize("rate", [30, 22.3, 50])
+def test_a_gif_lasts_as_long_as_its_episode(tmp_path, rate):
+    """A GIF has durations of whole centiseconds."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(255, size=(8, 8, 3), dtype=np.uint8)) for _ in range(30)]
+    watch.write_gif(tmp_path / "a.gif", images, rate, 16)
+    durations = []
+    with Image.open(tmp_path / "a.gif") as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+    assert sum(durations) == pytest.approx(1000 * 30 / rate, abs=10) and min(durations) >= 20
+
+
+class FixedConstructor(gym.Wrapper):
+    """A MuJoCo environment of one's own that takes a render_mode and no size."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(gym.make("InvertedPendulum-v5", render_mode=render_mode))
+
+
+gym.register("FixedConstructor-v0", FixedConstructor)
+
+
+def test_an_environment_that_takes_no_size_is_drawn(offscreen):
+    args = watch.Args(path=pathlib.Path("a"), output=pathlib.Path("a.gif"), width=64, height=48)
+    env = watch.make_rendered(gempo_linear, "FixedConstructor-v0", args)
+    assert env.render().ndim == 3
+    env.close()
 
 
 def test_a_watched_episode_becomes_an_mp4(trained, offscreen, tmp_path):

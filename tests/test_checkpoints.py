@@ -16,7 +16,7 @@ import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
-import probe_envs  # noqa: F401 (registers the environments)
+import probe_envs
 import pytest
 from conftest import ROOT
 from helpers import SCRIPTS, command_line, only_run, read_scalars
@@ -325,16 +325,25 @@ def test_an_environment_that_pickles_itself_begins_a_new_episode(tmp_path, monke
     assert "OwnPickling-v0 cannot be restored exactly" in capsys.readouterr().out
 
 
-def test_environments_of_a_checkpoint_with_another_key_of_statistics(tmp_path, monkeypatch):
-    """Earlier versions of the scripts had gymnasium's default one."""
+def test_an_environment_whose_simulator_is_gone_begins_a_new_episode(tmp_path, monkeypatch, capsys):
+    """It is restored without an error, which comes at the first step."""
     monkeypatch.chdir(tmp_path)
-    wrapper = gym.wrappers.RecordEpisodeStatistics
-    with monkeypatch.context() as patch:
-        patch.setattr(gym.wrappers, "RecordEpisodeStatistics", lambda env, **_: wrapper(env))
-        envs = SCRIPT.make_envs("ConstantReward-v0", 2)
-    envs.reset(seed=0)
-    *_, infos = envs.step(np.zeros((2, 1), np.float32))
-    assert SCRIPT.episode_charts(infos, 1)["charts/episodic_return"] == 1
+    args = SCRIPT.Args(**TINY | dict(env_id="Handle-v0"))
+    state = SCRIPT.create_state(args)
+    with SCRIPT.RunFolder(args, 0) as run:
+        run.save(state)
+    resumed = SCRIPT.Args(resume=str(run.path))
+    _, restored = SCRIPT.load_state(resumed)  # the same process: as it was
+    assert restored.envs.envs[0].unwrapped.number == state.envs.envs[0].unwrapped.number
+    probe_envs.Handle.simulators.clear()
+    _, restored = SCRIPT.load_state(resumed)
+    assert "Handle-v0 cannot be restored exactly" in capsys.readouterr().out
+    restored.envs.step(restored.envs.action_space.sample())
+
+
+def test_an_environment_with_a_reduction_of_its_own_counts_as_one_that_cannot_be_pickled():
+    assert SCRIPT.pickle_environments(SCRIPT.make_envs("OwnReduction-v0", 1)) is None
+    assert SCRIPT.pickle_environments(SCRIPT.make_envs("Counting-v0", 1)) is not None
 
 
 # -------------------------------------------------- signals --------------------------------------------------
@@ -560,6 +569,16 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path, short):
         other.stdout.readline()
         assert "another process is writing it" in refusal(run)
         other.communicate(b"\n")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    import fcntl
+
+    def no_locks(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    SCRIPT.lock_folder(tmp_path).close()
 
 
 # --------------------------------------------- environments at fault -----------------------------------------

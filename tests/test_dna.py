@@ -939,6 +939,18 @@ def test_a_reward_that_fails_does_so_before_the_pretraining(inside, monkeypatch)
     assert message == "compute_reward must give 2 finite numbers"
 
 
+def test_a_reward_can_use_the_denoiser_before_it_is_pretrained(inside, monkeypatch):
+    tried = []
+
+    def likelihood(tokens, setup):
+        tried.append(len(tokens))
+        return dna.log_likelihood(setup.denoiser, jax.random.key(0), tokens)
+
+    monkeypatch.setattr(dna, "compute_reward", likelihood)
+    monkeypatch.setattr(dna, "pretrain_denoiser", lambda data, args: "pretrained")
+    assert dna.prepare(dna.Args(**TINY)).denoiser == "pretrained" and tried == [2]
+
+
 def test_a_reward_gets_jax_arrays_in_the_evaluation_too_and_keeps_its_traceback(setup, monkeypatch):
     tokens = np.zeros((8, 48), np.uint8)
     monkeypatch.setattr(dna, "compute_reward", lambda tokens, _: tokens.at[:, 0].set(2)[:, 0])
@@ -983,6 +995,7 @@ def test_the_file_alone_reads_a_file_of_data(inside, setup, monkeypatch):
 
 REFUSED = {
     "--ell must be finite and at most 0": {"ell": 0.1},
+    "--ell must be left out with --weighting exp": {"ell": -0.5, "weighting": "exp"},
     "--num-updates must be a whole number, at least 1": {"num_updates": 0},
     "--group-size must be a whole number, at least 2": {"group_size": 1},
     "--learning-rate must be a finite number above 0": {"learning_rate": math.nan},

@@ -414,6 +414,19 @@ def test_scalars_of_the_environments_own_are_logged_beside_return_and_length(thr
     assert not [tag for tag in scalars if tag.startswith("charts/_")]
 
 
+def test_infos_of_unequal_shapes_and_types_do_no_harm(three_probes):
+    """gymnasium would put them into arrays of the first one's shape and type."""
+    scalars, ends = three_probes("UnevenInfo-v0")
+    assert scalars["charts/half"] == [(step, number / 2) for step, number in ends]
+    assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
+
+
+def test_seeds_of_several_environments_stay_below_2_to_the_32():
+    script = SCRIPTS["exp"]
+    assert script.episode_seeds(7, 3) == [7, 8, 9]
+    assert script.episode_seeds(2**32 - 1, 2) == [2**32 - 1, 0]
+
+
 def test_an_environment_with_statistics_of_its_own_is_counted_by_ours(three_probes):
     scalars, ends = three_probes("OwnStatistics-v0")
     assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
