@@ -438,8 +438,8 @@ repeats = f"{LEARNING} test_random_steps_repeat_with_the_seed_and_differ_between
 seeded = "    envs.action_space.seed(args.seed)\n"
 shared(repeats, "random_actions_unseeded", seeded, "")
 first_seeds = "test_the_environments_of_a_run_are_reset_with_its_seed_and_the_next_ones"
-first_reset = "    obs, _ = envs.reset(seed=args.seed)  #"
-shared(f"{LEARNING} {first_seeds}", "run_unseeded", first_reset, "    obs, _ = envs.reset()  #")
+first_reset = "envs.reset(seed=episode_seeds(args.seed, args.num_envs))"
+shared(f"{LEARNING} {first_seeds}", "run_unseeded", first_reset, "envs.reset()")
 networks = f"{LEARNING} test_agents_of_different_seeds_start_from_different_networks"
 init_key = "init_key, _, _ = run_keys(args.seed)"
 shared(networks, "same_networks", init_key, init_key.replace("args.seed", "0"))

@@ -121,7 +121,10 @@ class OwnCharts(Counting):
 
 
 class UnevenInfo(Counting):
-    """Its info differs from environment to environment in shape and type; logs half its number."""
+    """Its info differs from environment to environment in shape and type.
+
+    Logs half its number and half the next one, one of which is an integer, the other one a float.
+    """
 
     def info(self):
         return {"path": np.zeros(1 + self.number % 3), "goal": None if self.number % 2 else 1}
@@ -132,8 +135,9 @@ class UnevenInfo(Counting):
 
     def step(self, action):
         *transition, _ = super().step(action)
-        half = self.number / 2 if self.number % 2 else self.number // 2  # a float or an integer
-        return *transition, self.info() | {"charts": {"half": half}}
+        whole, rest = divmod(self.number, 2)
+        half, next_half = (whole + 0.5, whole + 1) if rest else (whole, whole + 0.5)
+        return *transition, self.info() | {"charts": {"half": half, "next_half": next_half}}
 
 
 class Endless(Probe):

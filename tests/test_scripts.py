@@ -418,6 +418,7 @@ def test_infos_of_unequal_shapes_and_types_do_no_harm(three_probes):
     """gymnasium would put them into arrays of the first one's shape and type."""
     scalars, ends = three_probes("UnevenInfo-v0")
     assert scalars["charts/half"] == [(step, number / 2) for step, number in ends]
+    assert scalars["charts/next_half"] == [(step, (number + 1) / 2) for step, number in ends]
     assert scalars["charts/episodic_return"] == [(step, 4 * number) for step, number in ends]
 
 
