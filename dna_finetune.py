@@ -92,7 +92,7 @@ class Args:
     split_column: str | None = None  # data_path: rows with the same entry here are in one half
     sequence_length: int = 200  # letters of a sequence (L); longer and shorter ones are left out
     data_size: int = 40_000  # sequences to generate; without --data-path only
-    denoiser_path: str | None = None  # start from it; sizes and pretrain_* of the flags go unused
+    denoiser_path: str | None = None  # start from it; its size and pretrain_* go unused
     hidden_dim: int = 48  # channels of the denoiser
     num_layers: int = 4  # residual layers of the denoiser
     pretrain_steps: int = 6_000  # updates of the pretraining
@@ -186,6 +186,7 @@ def check_args(args: Args) -> None:
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
+    # (Its default cannot be told from one that is not given.)
     has_floor = args.weighting == "neg" or args.ell == Args.ell
     require(
         args, "ell", has_floor, f"left out with --weighting {args.weighting}, which has no floor"
@@ -500,8 +501,8 @@ def fit_or_load(
     """A new model after `fit`, or what that gave an earlier run, from a file in --cache-path.
 
     The earlier run had the same network, data, settings and CACHED_SOURCE (of which an edit of a
-    comment counts, too). A change of a constant or of a library is not noticed: empty the folder
-    then.
+    comment counts, too). A change of `create_model`, of a constant or of a library is not noticed:
+    empty the folder then.
     """
     digest = hashlib.sha256(repr((network, settings)).encode() + CACHED_SOURCE.encode())
     for array in jax.tree.leaves(data):
@@ -574,7 +575,7 @@ class Setup(NamedTuple):
     """What the fine-tuning starts from, and the guidance methods of baselines/dna_guidance.py."""
 
     data: Data
-    denoiser: Model  # the pretrained one
+    denoiser: Model  # the pretrained one (in the trial of the reward, one that is not trained yet)
     reward_oracle: Model
     eval_oracle: Model
 
@@ -606,7 +607,8 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
     Put your own here: any Python that returns B finite numbers (B varies from call to call); no
-    gradient is taken of it. Their scale matters to exp, to wd1 and to simplex, whose lambda starts
+    gradient is taken of it. Two sequences of the data are tried before the pretraining, with a
+    denoiser that is not trained yet. Their scale matters to exp, to wd1 and to simplex, whose lambda starts
     at 1.
     `decode(tokens)` gives the sequences as strings. Both oracles are still trained, on measured
     activities, and predicted_activity stays what the evaluation oracle says.

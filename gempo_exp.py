@@ -241,7 +241,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
 
 
 class EpisodeInfo(gym.Wrapper):
-    """Leaves of `info` what `episode_charts` reads, at an episode's last step, with numbers as floats.
+    """Keeps of `info` only what `episode_charts` reads, at an episode's last step, as floats.
 
     gymnasium stacks the environments' infos in arrays with the shape and the type of the first: those
     of other environments may not fit, or may be rounded.
@@ -1010,16 +1010,17 @@ class RunFolder:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.bar.close()
+        is_failed = error_type is not None
         try:
             self.writer.close()
         except OSError as close_error:
-            if error_type is None:
+            if not is_failed:
+                is_failed = True
                 raise SystemExit(f"the log is cut off: {one_line(close_error)}") from None
         finally:
             self.lock.close()
-            is_failed = error_type is not None
-            exit_code = 128 + self.stop_signal if self.stop_signal else int(is_failed)
-            stop_tracking(self.args, exit_code)
+            stopped = 128 + self.stop_signal if self.stop_signal else 0
+            stop_tracking(self.args, exit_code=1 if is_failed else stopped)
 
     def receive_signal(self, number, frame):
         """The first signal asks `train` to stop; one more than a second later ends the process.

@@ -43,7 +43,8 @@ class Args:
     width: int = 480  # width of a frame in pixels
     height: int = 360  # height of a frame in pixels
     seconds: float = 10.0  # length of the file at most, at the environment's own speed
-    skip: int | None = None  # steps from one frame to the next; None: at most 30 frames a second
+    skip: int | None = None
+    """steps from one frame to the next (a .gif has at most 50 frames a second); None: at most 30"""
     colors: int = 128  # colours of a .gif; fewer make a smaller file
 
 
@@ -149,9 +150,8 @@ def make_rendered(script: ModuleType, env_id: str, args: Args) -> gym.Env:
     spec.kwargs = original | drawing
     try:
         env = script.make_env(env_id)
-    except (
-        SystemExit
-    ):  # one that takes no sizes: `write_film` fits the frames to --width and --height
+    except SystemExit:
+        # It takes no size or camera: `write_film` fits its frames to --width and --height.
         spec.kwargs = original | {"render_mode": drawing["render_mode"]}
         env = script.make_env(env_id)
     finally:
@@ -178,9 +178,8 @@ def play(saved: Saved, args: Args) -> tuple[list[Watched], float]:
     rate = envs[0].metadata.get("render_fps", 30)  # steps a second
     skip = args.skip or math.ceil(rate / 30)
     if args.output is not None and args.output.suffix == ".gif":
-        skip = max(
-            skip, math.ceil(rate / 50)
-        )  # viewers slow down a GIF of more than 50 frames a second
+        # Viewers slow down a GIF of more than 50 frames a second.
+        skip = max(skip, math.ceil(rate / 50))
     if is_drawn:
         env = make_rendered(script, run_args.env_id, args)
         max_frames = 0 if args.output is None else math.ceil(args.seconds * rate / skip)

@@ -1176,6 +1176,25 @@ def test_a_gif_lasts_as_long_as_its_episode(tmp_path, rate):
     assert sum(durations) == pytest.approx(1000 * 30 / rate, abs=10) and min(durations) >= 20
 
 
+@pytest.mark.parametrize(("output", "skip", "expected"), [("a.gif", 1, 3), ("a.mp4", 1, 1)])
+def test_seed_of_a_saved_model_and_frames_of_a_gif(monkeypatch, output, skip, expected):
+    """Three environments make 20,001 steps of 20,000. Hopper has 125 steps a second."""
+    seeds = []
+    script = SimpleNamespace(
+        EVAL_SEED_STRIDE=gempo_linear.EVAL_SEED_STRIDE,
+        choose_renderer=lambda args: None,
+        make_env=gempo_linear.make_env,
+        evaluate=lambda agent, envs, seed: seeds.append(seed),
+    )
+    monkeypatch.setattr(watch, "make_rendered", lambda script, env_id, args: gym.make(env_id))
+    flags = dict(env_id="Hopper-v5", num_envs=3, total_timesteps=20_000, seed=1)
+    saved = watch.Saved(script, gempo_linear.Args(**flags), None, None)
+    args = watch.Args(path=pathlib.Path("a"), output=pathlib.Path(output), episodes=1, skip=skip)
+    _, rate = watch.play(saved, args)
+    assert seeds == [1 + gempo_linear.EVAL_SEED_STRIDE * 20_001]
+    assert rate == 125 / expected
+
+
 class FixedConstructor(gym.Wrapper):
     """A MuJoCo environment of one's own that takes a render_mode and no size."""
 

@@ -835,6 +835,9 @@ def test_wandb_follows_the_tensorboard_writer_and_goes_on_with_a_resumed_run(tmp
     with pytest.raises(SystemExit), GEMPO.RunFolder(other, 0) as run:
         run.require_finite(1, rewards=NAN)
     assert calls[-1] == 1  # to wandb, this run has failed
+    with GEMPO.RunFolder(other, 0) as run:
+        run.receive_signal(15, None)
+    assert calls[-1] == 128 + 15  # and this one was stopped
 
 
 def test_a_refused_wandb_run_ends_in_one_line(tmp_path, monkeypatch):
