@@ -25,7 +25,8 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 - data: --data-path FILE.tsv.gz, and flags for its columns and the length of its sequences; without
   it, sequences are generated whose activity is known exactly
 - reward: edit `compute_reward`, from tokens (B, L) to B numbers
-- weights w_b: a branch in `compute_weights`, and its name in `Args.weighting`
+- weights w_b: a branch in `compute_weights`, for simplex in `simplex_weights`, too, and its name in
+  `Args.weighting`
 - pretrained denoiser: --denoiser-path, a file runs/cache/denoiser-* or one that
   baselines/convert_drakes.py makes of a checkpoint of DRAKES (Wang et al. 2024)
 
@@ -34,10 +35,11 @@ A run that was stopped
   are in the cache; the one that was in training begins anew
 - before the first checkpoint of the fine-tuning (one every --checkpoint-frequency updates): likewise,
   and the new run has a new folder
-- later, in the evaluation, too: `--resume runs/{run}` goes on from the last checkpoint. It ends
-  bitwise as if it had never stopped, on the same machine with as many threads, as long as this file
-  (the reward!) and the files that its flags name have not changed. Give it in the folder where the
-  run was started, since --cache-path and other paths among its flags may be relative
+- after that, also in the evaluation: `--resume runs/{run}`, with the folder that was printed when the
+  fine-tuning began, goes on from the last checkpoint. It ends bitwise as if it had never stopped, on
+  the same machine with as many threads, as long as this file (the reward!) and the files that its
+  flags name have not changed. Give it in the folder where the run was started, since --cache-path
+  and other paths among its flags may be relative
 
 A run cannot be made longer, but a new one with --denoiser-path runs/{run}/finetuned.model goes on
 from its model, with a new optimizer.
@@ -186,11 +188,11 @@ def check_args(args: Args) -> None:
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
     require(args, "ell", -math.inf < args.ell <= 0, "finite and at most 0")
-    # (Its default cannot be told from one that is not given.)
-    has_floor = args.weighting == "neg" or args.ell == Args.ell
-    require(
-        args, "ell", has_floor, f"left out with --weighting {args.weighting}, which has no floor"
-    )
+    # The default of ell cannot be told from one that is not given.
+    has_no_floor = args.weighting in ("exp", "linear", "square", "wd1")
+    is_allowed = args.ell == Args.ell or not has_no_floor
+    without = f"left out with --weighting {args.weighting}, which has no floor"
+    require(args, "ell", is_allowed, without)
     if args.normalizer == "simplex":
         log_n = math.log(args.group_size)  # the KL divergence from uniform is never above it
         below = f"below log(group_size) = {log_n:.3f}"
@@ -572,7 +574,7 @@ def train_oracle(data: Data, args: Args, for_evaluation: bool) -> Model:
 
 
 class Setup(NamedTuple):
-    """What the fine-tuning starts from, and the guidance methods of baselines/dna_guidance.py."""
+    """What the fine-tuning and the guidance methods of baselines/dna_guidance.py start from."""
 
     data: Data
     denoiser: Model  # the pretrained one (in the trial of the reward, one that is not trained yet)
@@ -596,7 +598,9 @@ def prepare(args: Args) -> Setup:
     reward_oracle = train_oracle(data, args, for_evaluation=False)
     eval_oracle = train_oracle(data, args, for_evaluation=True)
     setup = Setup(data, denoiser, reward_oracle, eval_oracle)
-    checked_reward(data.tokens[:2], setup)  # a reward that fails does so before the pretraining
+    # A reward or weights that fail do so before the pretraining.
+    checked_reward(data.tokens[:2], setup)
+    compute_weights(jnp.zeros((1, args.group_size)), jnp.ones(()), args)
     if args.denoiser_path is None:
         setup = setup._replace(denoiser=pretrain_denoiser(data, args))
     return setup
@@ -607,9 +611,9 @@ def compute_reward(tokens: jax.Array, setup: Setup) -> jax.Array:
     """The reward (B,) of tokens (B, L), which fine-tuning maximizes: the reward oracle's activity.
 
     Put your own here: any Python that returns B finite numbers (B varies from call to call); no
-    gradient is taken of it. Two sequences of the data are tried before the pretraining, with a
-    denoiser that is not trained yet. Their scale matters to exp, to wd1 and to simplex, whose lambda starts
-    at 1.
+    gradient is taken of it. Before the pretraining it is tried on two sequences of the data, with a
+    denoiser that is not trained yet. The scale of the rewards matters to exp, wd1 and simplex, whose
+    lambda starts at 1.
     `decode(tokens)` gives the sequences as strings. Both oracles are still trained, on measured
     activities, and predicted_activity stays what the evaluation oracle says.
     """
@@ -642,12 +646,13 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # wd1, in spite of the name, take the rewards as they are (the paper has z in wd1). The authors cap
 # linear and neg at 3, and not square.
 #
-# simplex is what the paper's theory (Appendix E) and the RL scripts do: weights that sum to one over
-# the group, with y = (r - nu) / lambda, and nu such that they do. Its exp is zscore's, with lambda in
-# the place of exp_temperature.
+# simplex is what the paper's theory (Appendix E) and the RL scripts, gempo_*.py, do: weights that
+# sum to one over the group, with y = (r - nu) / lambda, and nu such that they do. Its exp is
+# zscore's, with lambda in the place of exp_temperature.
 #
-# Which of the two: zscore for the paper's DNA results, or for rewards whose scale you do not know;
-# simplex to set how sharp the weights are (--target-kl), or for what the theory says of them.
+# Which of the two: zscore for the paper's DNA results, or (not exp and wd1) for rewards whose scale
+# you do not know; simplex to set how sharp the weights are (--target-kl), or for what the theory says
+# of them.
 #
 # lambda has the unit of the rewards; a larger one makes the weights more equal. One lambda serves
 # all groups, and an update moves it by one step toward a mean KL divergence from uniform weights of
@@ -964,7 +969,8 @@ def compute_metrics(tokens: np.ndarray, setup: Setup, args: Args) -> dict[str, f
     metrics["kmer_pearson"] = correlate(count_kmers(tokens), count_kmers(top))
     motif_ranks = [stats.rankdata(count_motifs(x)) for x in (tokens, top)]
     metrics["motif_spearman"] = correlate(*motif_ranks)
-    # How natural they are: median bound of log p(x) in nats under the PRETRAINED denoiser.
+    # How natural they are: median of estimates of the bound of log p(x), in nats, under the
+    # PRETRAINED denoiser.
     likelihood = partial(log_likelihood, setup.denoiser, jax.random.key(0))
     metrics["log_likelihood_bound"] = np.median(in_batches(likelihood, tokens, size=128))
     # Share of distinct sequences.

@@ -939,6 +939,18 @@ def test_a_reward_that_fails_does_so_before_the_pretraining(inside, monkeypatch)
     assert message == "compute_reward must give 2 finite numbers"
 
 
+def test_weights_that_fail_do_so_before_the_pretraining(inside, monkeypatch):
+    def pretrain(data, args):
+        raise AssertionError("pretraining has begun")
+
+    monkeypatch.setattr(dna, "pretrain_denoiser", pretrain)
+    for normalizer in ("zscore", "simplex"):
+        args = dna.Args(**TINY | {"weighting": "mine", "normalizer": normalizer, "ell": -1.0})
+        dna.check_args(args)  # it may use ell
+        with pytest.raises(ValueError, match="weights does not know mine"):
+            dna.prepare(args)
+
+
 def test_a_reward_can_use_the_denoiser_before_it_is_pretrained(inside, monkeypatch):
     tried = []
 
