@@ -544,6 +544,13 @@ def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Trans
 
 
 # =========================================== LEARNING ============================================
+# Which actions are taken, and how they are valued; "the best" is chosen by the minimum of the critics:
+#
+#     particles            N of pi_old's, with noise               the mean of the critics
+#     TD target            the best of td_best_of of the actor's   the minimum of the target critics
+#     acting, evaluating   the best of act_, eval_best_of
+
+
 class Agent(struct.PyTreeNode):
     """All that learning changes, and what is fixed: hyperparameters and dimensions (static)."""
 
@@ -693,16 +700,7 @@ def temperature_loss(log_lambda, weights: jax.Array, target_kl: float):
 
 
 def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict]:
-    """One gradient step of critics, actor and temperature on B transitions; and scalars to log.
-
-    Which actions, and by which critics they are valued:
-
-        particles            N of pi_old, with noise               the mean of the critics
-        TD target            the actor's best of td_best_of        the minimum of the target critics
-        acting, evaluating   its best of act_, eval_best_of
-
-    The best is chosen by the minimum of the critics.
-    """
+    """One gradient step of critics, actor and temperature on B transitions; and scalars to log."""
     args = agent.args
     next_key, particle_key, noise_key, loss_key = jax.random.split(key, 4)
 
