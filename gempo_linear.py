@@ -933,8 +933,7 @@ def train(args: Args, state: State, run: "RunFolder") -> Agent:
         transitions = Transition(obs, actions, rewards, next_obs, np.float32(terminations))
         state = State(step, agent, buffer, envs, new_obs, transitions)
 
-        # 4. Once in a while: log, evaluate, save. This waits for the round's updates; else the next
-        #    `act` does.
+        # 4. Once in a while: log, evaluate, save. This waits for the updates; else the next act does.
         for i in ended:
             run.log(before + i + 1, episode_charts(infos, i))  # environment i steps i-th
         if is_learning and is_due(LOG_FREQUENCY, before, step):
