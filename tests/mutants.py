@@ -115,7 +115,7 @@ drawn = f"{DIFFUSION} test_particles_are_drawn_in_bfloat16_where_that_is_fast"
 shared(drawn, "bfloat16_everywhere", "if has_fast_bfloat16():", "if True:")
 shared(drawn, "bfloat16_nowhere", "if has_fast_bfloat16():", "if False:")
 fast = f"{DIFFUSION} test_where_bfloat16_is_fast"
-shared(fast, "other_bfloat16_instructions", '"amx_bf16" in', '"bf16" in')
+shared(fast, "other_bfloat16_instructions", '"avx512_bf16" in', '"avx512f" in')
 layers = f"{DIFFUSION} test_every_layer_starts_orthogonal_with_gain_sqrt_2_and_zero_bias"
 shared(f"{layers}[32]", "gain_of_one", "orthogonal(math.sqrt(2))", "orthogonal(1.0)")
 shared(f"{layers}[32]", "wide_frequencies", "normal(0.2)", "normal(1.0)")

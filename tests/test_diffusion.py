@@ -158,8 +158,9 @@ def test_particles_are_drawn_in_bfloat16_where_that_is_fast(monkeypatch, is_fast
     ("backend", "cpu_info", "is_fast"),
     [
         ("gpu", "flags : sse2", True),
-        ("cpu", "flags : sse2 amx_bf16 amx_tile", True),
-        ("cpu", "flags : sse2 avx512_bf16", False),  # not measured
+        ("cpu", "flags : sse2 avx512f avx512_bf16", True),  # AMD Zen 4
+        ("cpu", "flags : sse2 avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("cpu", "flags : sse2 avx512f", False),
         ("cpu", None, False),
     ],
 )
