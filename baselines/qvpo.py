@@ -156,6 +156,9 @@ def check_args(args: Args) -> None:
     require(args, "extend_to", is_used, "left out without --resume")
     has_wandb = importlib.util.find_spec("wandb") is not None
     require(args, "track", has_wandb or not args.track, "off: wandb is not installed")
+    has_moviepy = importlib.util.find_spec("moviepy") is not None
+    what = "off: moviepy is not installed"
+    require(args, "capture_video", has_moviepy or not args.capture_video, what)
 
 
 def learning_part(args: Args) -> Hyperparameters:
@@ -1309,7 +1312,7 @@ def stop_tracking(args: Args, exit_code: int) -> None:
 
 def hyperparameters_table(args: Args) -> str:
     """The flags as a Markdown table, with the values that learning uses."""
-    flags = asdict(args) | asdict(learning_part(args))
+    flags = {"script": Args.exp_name} | asdict(args) | asdict(learning_part(args))
     rows = [f"|{flag}|{value}|" for flag, value in flags.items()]
     return "\n".join(["|flag|value|", "|-|-|", *rows])
 

@@ -65,6 +65,7 @@ PAPER = {
 # Flags of a run that make it no other variant: what it writes, and how long it goes on.
 NOT_LEARNING = ("total-timesteps", "eval-frequency", "eval-episodes", "checkpoint-frequency")
 NOT_LEARNING += ("save-model", "track", "capture-video", "wandb-project-name", "wandb-entity")
+RETURNS = ("eval/episodic_return", "charts/episodic_return")  # tags that are compared with SAC's
 ALWAYS_NAMED = ("ell",)  # where a run was given it: it makes gempo_neg.py what it is
 SAC = {task: mean for task, (mean, _) in zip(TASKS, PAPER["SAC"], strict=True)}
 
@@ -122,7 +123,9 @@ def flags_from(hyperparameters: dict[str, str], script: str) -> str:
     words = []
     for name, value in hyperparameters.items():
         is_default = name in defaults and value == str(defaults[name])
-        if is_default or name in ("exp_name", "env_id", "seed", "resume", "extend_to"):
+        if is_default or name in ("script", "env_id", "seed", "resume", "extend_to"):
+            continue
+        if name == "exp_name" and value == script:
             continue
         flag = name.replace("_", "-")
         if value == "True":
@@ -144,6 +147,7 @@ def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evalu
     name = re.fullmatch(r"(?P<env_id>.+)__(?P<exp_name>.+)__(?P<seed>\d+)__\d+", folder.name)
     known = name.groupdict() if name else {}
     known |= hyperparameters  # the folder may have been renamed
+    script = known.get("script", known.get("exp_name"))  # older runs tell the latter only
     if entry:
         if entry["state"] != "finished":
             state = f"{entry['state']} in the index of its sweep"
@@ -155,8 +159,8 @@ def read_run(folder: pathlib.Path, entry: dict | None, args: Args) -> list[Evalu
         what = (entry["script"], entry["env_id"], entry["seed"])
         origin = (device, entry["commit"], entry["flags"])
     elif {"exp_name", "env_id", "seed"} <= set(known):
-        what = (known["exp_name"], known["env_id"], int(known["seed"]))
-        origin = (args.device, args.commit, flags_from(hyperparameters, known["exp_name"]))
+        what = (script, known["env_id"], int(known["seed"]))
+        origin = (args.device, args.commit, flags_from(hyperparameters, script))
     else:
         if series:
             reason = "neither hyperparameters nor its name say what was run"
@@ -228,14 +232,15 @@ def read_csv(path: pathlib.Path) -> list[Evaluation]:
 
 
 def write_csv(path: pathlib.Path, rows: list[Evaluation]) -> None:
-    """Write evaluations by environment, script, flags, seed and step; returns to 0.01."""
+    """Write evaluations by environment, script, flags, seed and step; to 0.01, below 1 to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: (row.env_id, row.script, row.flags, row.seed, row.step))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow(row._replace(value=round(row.value, 2)))
+            value = round(row.value, 2) if abs(row.value) >= 1 else float(f"{row.value:.6g}")
+            writer.writerow(row._replace(value=value))
 
 
 # ========================================== STATISTICS ===========================================
@@ -262,6 +267,7 @@ def bootstrap_interval(strata: list[np.ndarray], confidence: float, resamples: i
         strata,
         stratified_iqm,
         n_resamples=resamples,
+        batch=100,  # resamples that are in memory at once
         confidence_level=confidence,
         method="percentile",
         axis=-1,
@@ -439,6 +445,28 @@ def tell_windows(curves: Curves, last: int) -> None:
                 print(f"{env_id} {name}: mean over {what}", file=sys.stderr)
 
 
+def tell_settings(rows: list[Evaluation]) -> None:
+    """Tell on stderr of scripts whose runs have other flags in one environment than in another.
+
+    They are one row of the tables all the same: flags may be tuned for each task.
+    """
+    settings = defaultdict(lambda: defaultdict(set))  # script, flag: {environment and value}
+    for run in split_runs(rows):
+        flags = own_flags(run[0])
+        for flag in flags.keys() - set(NOT_LEARNING):
+            settings[run[0].script][flag].add((run[0].env_id, flags[flag]))
+    for script, flags in settings.items():
+        env_ids = {row.env_id for row in rows if row.script == script}
+        differing = []
+        for flag, found in sorted(flags.items()):
+            by_task = [{value for env_id, value in found if env_id == own} for own in env_ids]
+            if any(values != by_task[0] for values in by_task):
+                differing.append(f"--{flag}")
+        if differing:
+            what = ", ".join(differing)
+            print(f"{script}: the environments' runs differ in {what}", file=sys.stderr)
+
+
 def final_returns(variants: dict[str, Seeds], name: str, last: int) -> np.ndarray:
     """Mean of each seed's evaluations at the final steps, or else of its own last ones (seeds,)."""
     shared = final_steps(variants, name, last)
@@ -455,8 +483,13 @@ def variant_names(curves: Curves) -> list[str]:
 
 # ============================================ TABLES =============================================
 def format_number(value: float, scale: float) -> str:
-    """Whole numbers from a scale of 100 on, one decimal below."""
-    return f"{value:.0f}" if abs(scale) >= 100 else f"{value:.1f}"
+    """Whole numbers from a scale of 100 on, one decimal from 1 on, two digits of the scale below."""
+    if abs(scale) >= 100:
+        return f"{value:.0f}"
+    if abs(scale) >= 1 or scale == 0:
+        return f"{value:.1f}"
+    decimals = 1 - math.floor(math.log10(abs(scale)))
+    return f"{value:.{decimals}f}"
 
 
 def mean_and_error(x: np.ndarray) -> str:
@@ -491,13 +524,20 @@ def reached(variants: dict[str, Seeds], last: int) -> str:
     return f"{text}, last {fewest}" if fewest < last else text
 
 
-def paper_table(curves: Curves, last: int, with_paper: bool = False) -> str:
+def tasks_of_paper(curves: Curves, tag: str) -> list[str]:
+    """The environments among `curves` that the paper's Table 2 has; none if `tag` is no return."""
+    return [env_id for env_id in curves if env_id in SAC and tag in RETURNS]
+
+
+def paper_table(
+    curves: Curves, last: int, with_paper: bool = False, tag: str = "eval/episodic_return"
+) -> str:
     """Mean of the last evaluations ± standard error (number of seeds), and the average of SAC's.
 
     The average, in percent of SAC, is over the tasks of the paper's Table 2 among `curves`, and is
     left out where a variant lacks one.
     """
-    normalized = [env_id for env_id in curves if env_id in SAC]
+    normalized = tasks_of_paper(curves, tag)
     head = [""]
     for env_id, variants in curves.items():
         head.append(f"{env_id} ({reached(variants, last)})")
@@ -555,7 +595,7 @@ def interval_table(curves: Curves, args: Args) -> str:
     The last column is over several tasks of the paper, too, in percent of SAC. Where their numbers
     of seeds differ it is that of the tasks' means, so that each task counts once, and has no interval.
     """
-    normalized = [env_id for env_id in curves if env_id in SAC]
+    normalized = tasks_of_paper(curves, args.tag)
     head = ["", *curves]
     if len(normalized) > 1:
         head.append("all, % of the paper's SAC")
@@ -595,10 +635,12 @@ def draw(env_id: str, variants: dict[str, Seeds], names: list[str], args: Args) 
             print(f"{env_id}: {name} is not drawn, {reason}", file=sys.stderr)
             continue
         low, high = bootstrap_interval([values], args.confidence, args.resamples)
-        colour = f"C{names.index(name) % 10}"
+        place = names.index(name)
+        colour = f"C{place % 10}"
+        line = ("-", "--", ":", "-.")[place // 10 % 4]  # there are ten colours
         plural = "s" if len(seeds) > 1 else ""
         label = f"{name} ({len(seeds)} seed{plural}, {steps[-1]:,} steps)"
-        axes.plot(steps, interquartile_mean(values), color=colour, label=label)
+        axes.plot(steps, interquartile_mean(values), line, color=colour, label=label)
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     what = f"interquartile mean and {100 * args.confidence:g}% interval"
     if all(len(seeds) == 1 for seeds in variants.values()):
@@ -650,9 +692,10 @@ def main(args: Args) -> None:
     except OSError as error:
         what = "--to-csv and --figures must be places that can be written"
         raise SystemExit(f"{what}: {error}") from None
+    tell_settings(rows)
     tell_windows(curves, args.last)
     print(f"Mean of the last {args.last} evaluations ± standard error (seeds):\n")
-    print(paper_table(curves, args.last, args.paper))
+    print(paper_table(curves, args.last, args.paper, args.tag))
     print(f"\nInterquartile mean of the same [{100 * args.confidence:g}% interval]:\n")
     print(interval_table(curves, args))
 

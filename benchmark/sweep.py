@@ -48,7 +48,7 @@ from types import ModuleType
 import tyro
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OWN_FLAGS = ("--env-id", "--seed", "--resume")  # the sweep sets them
+OWN_FLAGS = ("--env-id", "--seed", "--resume", "--extend-to")  # the sweep's business
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a script that was told to stop
 TERMINATED = 128 + signal.SIGTERM
 POLL_SECONDS = 0.2  # how often a process is looked at
@@ -205,7 +205,7 @@ def parse_flags(words: list[str]) -> dict[str, list[str]]:
             flag = flag.replace("_", "-")
             if flag in OWN_FLAGS:
                 own = ", ".join(OWN_FLAGS)
-                raise SystemExit(f"{flag} must not be given after --: the sweep sets {own} itself")
+                raise SystemExit(f"{flag} must not be given after --: {own} are the sweep's")
             if flag in flags:
                 raise SystemExit(f"{flag} must be given once, followed by all its values")
             values = [value] if equals else []

@@ -4,7 +4,7 @@
     python benchmark/watch.py runs/... --output cheetah.gif --width 240 --height 180 --seconds 5
     python benchmark/watch.py runs/... --output cheetah.mp4 --width 640 --seconds 30
 
-The path is a run's folder (its newest checkpoint, else its saved model) or one of those files. The
+A path is a run's folder (its newest checkpoint, else its saved model) or one of those files. The
 agent acts by the run's own flags. By default the episodes are those of the evaluation at the
 checkpoint's step, with the same returns. The file is unpickled: watch only what you trust.
 """
@@ -34,8 +34,8 @@ from gempo_linear import find_file, one_line  # noqa: E402 (equal in all scripts
 
 @dataclass(frozen=True)
 class Args:
-    path: Annotated[pathlib.Path, tyro.conf.Positional]
-    """a run's folder, a checkpoint or a saved model"""
+    paths: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
+    """a run's folder, a checkpoint or a saved model; of several, as of runs/*, the newest"""
     output: pathlib.Path | None = None
     """file of the first episode, .gif or .mp4; None: a window, where there is a display"""
     episodes: int | None = None  # episodes to play; None: as many as the run's evaluation
@@ -96,7 +96,9 @@ def check_args(args: Args) -> None:
     for flag in ("episodes", "width", "height", "skip"):
         value = getattr(args, flag)
         require(flag, value is None or value >= 1, "a whole number, at least 1")
-    require("seed", args.seed is None or args.seed >= 0, "a whole number, at least 0")
+    require("seed", args.seed is None or 0 <= args.seed < 2**32, "from 0 to 2**32 - 1")
+    if not args.paths:
+        raise SystemExit("paths must name a run's folder, a checkpoint or a saved model")
     require("seconds", 0 < args.seconds < math.inf, "a finite number above 0")
     require("colors", 2 <= args.colors <= 256, "a whole number from 2 to 256")
     if args.output is not None:
@@ -224,7 +226,11 @@ def write_gif(path: pathlib.Path, images: list[Image.Image], rate: float, colors
 def main(args: Args) -> None:
     """Load, play, print and show."""
     check_args(args)
-    saved = load(args.path)
+    files = [find_file(path) for path in args.paths]
+    newest = max(files, key=lambda file: file.stat().st_mtime if file.exists() else 0)
+    if len(files) > 1:
+        print(f"of {len(files)} the newest: {newest}")
+    saved = load(newest)
     if args.output is None and not has_display():
         print("no display: --output film.gif shows the first episode")
     what = "saved model" if saved.step is None else f"step {saved.step:,}"

@@ -405,6 +405,7 @@ def test_scripts_are_found_by_name_with_folder_or_path(monkeypatch, tmp_path):
         ({}, ["--gama", "0.9"], "--gama must be a flag of one of the scripts"),
         ({}, ["0.9"], "-- must be followed by flags of the scripts .*, got 0.9"),
         ({}, ["--seed", "1"], "--seed must not be given after --"),
+        ({}, ["--extend-to", "9"], "--extend-to must not be given after --: .* are the sweep's"),
         ({}, ["--gamma", "0.9", "--gamma", "0.8"], "--gamma must be given once"),
     ],
 )  # fmt: skip
@@ -877,6 +878,63 @@ def test_folders_become_a_csv_and_the_csv_the_same_rows(tmp_path, capsys):
     assert "| -2.1 (1) |" in capsys.readouterr().out
 
 
+def test_runs_of_several_scripts_with_one_exp_name_stay_apart(tmp_path, capsys):
+    """--exp-name names an experiment; which script it is stands beside it in the run's flags."""
+    table = dict(env_id="Hopper-v5", seed=1)
+    for value, script in enumerate(("gempo_exp", "gempo_linear")):
+        flags = table | dict(script=script, exp_name="mine")
+        write_run(tmp_path / f"Hopper-v5__mine__1__{value}", [float(value)], **flags)
+    write_run(tmp_path / "a", [5.0], script="gempo_exp", exp_name="gempo_exp", **table)
+    write_run(tmp_path / "b", [6.0], exp_name="gempo_square", **table)  # as older runs tell it
+    rows = plot.read_folder(tmp_path, plot.Args(paths=()))
+    (curves,) = plot.group(rows).values()
+    found = {name: seeds[1][10] for name, seeds in curves.items()}
+    assert found == {
+        "gempo_exp --exp-name gempo_exp": 5.0,
+        "gempo_exp --exp-name mine": 0.0,
+        "gempo_linear": 1.0,
+        "gempo_square": 6.0,
+    }
+    assert capsys.readouterr().err == ""
+
+
+def test_flags_that_differ_between_environments_are_told(capsys):
+    """They share a row, since each task may have its own, but nobody should have to guess it."""
+    runs = {"Hopper-v5": "--num-particles 8 --ell 0.0", "Ant-v5": "--ell 0.0 --eval-frequency 10"}
+    origin = ("CPU", "abc")
+    rows = [
+        plot.Evaluation("gempo_linear", env_id, 1, 10, 1.0, *origin, flags)
+        for env_id, flags in runs.items()
+    ]
+    plot.tell_settings(rows)
+    expected = "gempo_linear: the environments' runs differ in --num-particles\n"
+    assert capsys.readouterr().err == expected
+    plot.tell_settings(rows[1:])
+    assert capsys.readouterr().err == ""
+
+
+def test_numbers_below_one_keep_their_digits_and_other_tags_are_not_compared_with_sac(
+    tmp_path, capsys
+):
+    assert plot.mean_and_error(np.array([0.004, 0.006])) == "0.0050 ± 0.0010 (2)"
+    assert plot.mean_and_error(np.array([0.0, 0.0])) == "0.0 ± 0.0 (2)"
+    table = dict(exp_name="gempo_neg", env_id="Hopper-v5", seed=3)
+    write_run(tmp_path / "run", [0.0, 0.01234567], **table)
+    args = plot.Args(paths=(tmp_path,), to_csv=tmp_path / "a.csv", last=1)
+    plot.main(args)
+    assert "of the paper's SAC" in capsys.readouterr().out
+    assert [row.value for row in plot.read_csv(args.to_csv)] == [0.0, 0.0123457]
+    plot.main(replace(args, tag="charts/speed"))
+    assert "SAC" not in capsys.readouterr().out
+
+
+def test_eleven_scripts_have_eleven_lines():
+    names = [f"script {i}" for i in range(11)]
+    variants = {name: {1: {10: 1.0, 20: 2.0}} for name in names}
+    (axes,) = plot.draw("Hopper-v5", variants, names, plot.Args(paths=())).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 11
+
+
 def test_a_sweeps_run_is_of_the_same_variant_as_a_single_one(tmp_path, capsys):
     """Its index has what was typed, a single run's table what that means."""
     table = dict(exp_name="gempo_neg", env_id="HalfCheetah-v5", policy_lr=0.001, num_particles=8)
@@ -1099,7 +1157,7 @@ def watched_returns(printed):
 @pytest.mark.parametrize("file", ["checkpoints/80", "checkpoints/120", "gempo_linear.model", ""])
 def test_a_watched_agent_plays_the_episodes_of_its_evaluation(trained, offscreen, capsys, file):
     run, scores = trained
-    watch.main(watch.Args(path=run / file))
+    watch.main(watch.Args(paths=(run / file,)))
     printed = capsys.readouterr().out
     assert printed.startswith("no display: --output")
     step = 80 if file == "checkpoints/80" else 120
@@ -1109,6 +1167,18 @@ def test_a_watched_agent_plays_the_episodes_of_its_evaluation(trained, offscreen
     assert len(returns) == EPISODES
     logged = [scores[tag][step] for tag in scores]
     np.testing.assert_allclose(summary, logged, atol=0.051)  # printed with one decimal
+
+
+def test_of_several_runs_the_newest_is_watched(trained, offscreen, capsys, tmp_path):
+    """Which is what a shell makes of runs/HalfCheetah-v5__gempo_linear__1__*."""
+    run, _ = trained
+    (tmp_path / "checkpoints").mkdir()
+    old = tmp_path / "checkpoints" / "40"
+    old.write_bytes(b"of no use")
+    os.utime(old, (0, 0))
+    watch.main(watch.Args(paths=(run, tmp_path), episodes=1))
+    newest = run / "checkpoints" / "120"
+    assert f"of 2 the newest: {newest}\n" in capsys.readouterr().out
 
 
 def test_watching_plays_by_the_script_that_lies_here(trained, tmp_path, monkeypatch):
@@ -1132,7 +1202,7 @@ def test_a_watched_episode_becomes_a_gif_of_the_frames_asked_for(
     kwargs = gym.spec("InvertedPendulum-v5").kwargs.copy()
     # 25 steps a second: every second one, of the 0.16 s that an episode has at least.
     size = dict(width=96, height=64, skip=2, seconds=0.16)
-    watch.main(watch.Args(path=run, output=file, episodes=2, seed=5, **size))
+    watch.main(watch.Args(paths=(run,), output=file, episodes=2, seed=5, **size))
     printed = capsys.readouterr().out
     returns, _ = watched_returns(printed)
     assert len(returns) == 2
@@ -1151,7 +1221,7 @@ def test_a_watched_episode_becomes_a_gif_of_the_frames_asked_for(
 def test_the_length_of_a_gif_ends_with_its_episode(trained, offscreen, capsys, tmp_path):
     run, _ = trained
     file = tmp_path / "pole.gif"
-    watch.main(watch.Args(path=run, output=file, episodes=1, width=32, height=32, colors=8))
+    watch.main(watch.Args(paths=(run,), output=file, episodes=1, width=32, height=32, colors=8))
     steps = int(re.search(r"return \S+ in (\d+) steps", capsys.readouterr().out)[1])
     with Image.open(file) as gif:
         durations = []
@@ -1189,7 +1259,9 @@ def test_seed_of_a_saved_model_and_frames_of_a_gif(monkeypatch, output, skip, ex
     monkeypatch.setattr(watch, "make_rendered", lambda script, env_id, args: gym.make(env_id))
     flags = dict(env_id="Hopper-v5", num_envs=3, total_timesteps=20_000, seed=1)
     saved = watch.Saved(script, gempo_linear.Args(**flags), None, None)
-    args = watch.Args(path=pathlib.Path("a"), output=pathlib.Path(output), episodes=1, skip=skip)
+    args = watch.Args(
+        paths=(pathlib.Path("a"),), output=pathlib.Path(output), episodes=1, skip=skip
+    )
     _, rate = watch.play(saved, args)
     assert seeds == [1 + gempo_linear.EVAL_SEED_STRIDE * 20_001]
     assert rate == 125 / expected
@@ -1206,7 +1278,7 @@ gym.register("FixedConstructor-v0", FixedConstructor)
 
 
 def test_an_environment_that_takes_no_size_is_drawn(offscreen):
-    args = watch.Args(path=pathlib.Path("a"), output=pathlib.Path("a.gif"), width=64, height=48)
+    args = watch.Args(paths=(pathlib.Path("a"),), output=pathlib.Path("a.gif"), width=64, height=48)
     env = watch.make_rendered(gempo_linear, "FixedConstructor-v0", args)
     assert env.render().ndim == 3
     env.close()
@@ -1216,24 +1288,26 @@ def test_a_watched_episode_becomes_an_mp4(trained, offscreen, tmp_path):
     pytest.importorskip("moviepy")
     run, _ = trained
     file = tmp_path / "pole.mp4"
-    watch.main(watch.Args(path=run, output=file, episodes=1, width=96, height=64))
+    watch.main(watch.Args(paths=(run,), output=file, episodes=1, width=96, height=64))
     assert b"ftyp" in file.read_bytes()[:16]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(path="none"), ".*none cannot be used: .*No such file"),
-        (dict(path="."), ".* holds no checkpoint and no saved model"),
-        (dict(path="text"), ".*text cannot be used: "),
-        (dict(path="other"), ".*other was written by nobody.py, which is neither here nor in "),
+        (dict(paths=("none",)), ".*none cannot be used: .*No such file"),
+        (dict(paths=(".",)), ".* holds no checkpoint and no saved model"),
+        (dict(paths=("text",)), ".*text cannot be used: "),
+        (dict(paths=("other",)), ".*other was written by nobody.py, which is neither here nor in "),
         (dict(output="a.png"), "--output must be a file that ends in .gif or .mp4, got .*a.png"),
         (dict(output="no/a.gif"), "--output must be in a folder that exists, got .*no/a.gif"),
         (dict(output="a.mp4"), "an .mp4 needs moviepy: pip install -e '.\\[video\\]'"),
         (dict(width=0), "--width must be a whole number, at least 1, got 0"),
         (dict(skip=0), "--skip must be a whole number, at least 1, got 0"),
         (dict(episodes=0), "--episodes must be a whole number, at least 1, got 0"),
-        (dict(seed=-1), "--seed must be a whole number, at least 0, got -1"),
+        (dict(seed=-1), "--seed must be from 0 to 2\\*\\*32 - 1, got -1"),
+        (dict(seed=2**32), "--seed must be from 0 to 2\\*\\*32 - 1, got 4294967296"),
+        (dict(paths=()), "paths must name a run's folder, a checkpoint or a saved model"),
         (dict(seconds=0.0), "--seconds must be a finite number above 0, got 0"),
         (dict(colors=257), "--colors must be a whole number from 2 to 256, got 257"),
     ],
@@ -1243,9 +1317,10 @@ def test_bad_input_of_watching_ends_in_one_line(monkeypatch, tmp_path, flags, me
     (tmp_path / "text").write_text("text")
     with gzip.open(tmp_path / "other", "wb") as file:
         pickle.dump({"script": "nobody"}, file)
-    flags = {"path": "other"} | flags
-    for name in flags.keys() & {"path", "output"}:
-        flags[name] = tmp_path / flags[name]
+    if "output" in flags:
+        flags = flags | {"output": tmp_path / flags["output"]}
+    paths = tuple(tmp_path / path for path in flags.get("paths", ("other",)))
+    flags = flags | {"paths": paths}
     with pytest.raises(SystemExit) as stop:
         watch.main(watch.Args(**flags))
     assert re.match(message, stop.value.code) and "\n" not in stop.value.code

@@ -590,6 +590,14 @@ def test_a_video_without_evaluations_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_video_without_moviepy_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="^--capture-video must be off: moviepy is not installed"):
+        GEMPO.main(GEMPO.Args(**TINY | dict(capture_video=True)))
+    assert not list(tmp_path.iterdir())
+
+
 class Recorder(gym.Wrapper):
     """Stands for gymnasium's RecordVideo, which keeps an episode's frames until it is stopped."""
 
@@ -617,6 +625,9 @@ class Recorder(gym.Wrapper):
 @pytest.fixture
 def recorder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    moviepy = types.ModuleType("moviepy")  # as if it were installed
+    moviepy.__spec__ = importlib.machinery.ModuleSpec("moviepy", None)
+    monkeypatch.setitem(sys.modules, "moviepy", moviepy)
     monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *_, **__: Recorder(env))
     monkeypatch.setattr(gym, "make", lambda env_id, **_: probe_envs.Counting())
     monkeypatch.setattr(probe_envs.Counting, "render", lambda self: None)
