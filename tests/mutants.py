@@ -527,6 +527,11 @@ shared(left_over, "left_overs_stay", "                unfinished.unlink()", "   
 within = f"{SCRIPTS} test_scaled_actions_stay_within_the_bounds"
 clipped = "env = gym.wrappers.TransformAction(env, clip, env.action_space)"
 shared(within, "scaled_actions_not_clipped", clipped, "pass")
+no_moviepy = f"{SCRIPTS} test_a_video_without_moviepy_is_refused_before_anything_is_written"
+text = "has_moviepy or not args.capture_video, what"
+shared(no_moviepy, "video_without_moviepy", text, "True, what")
+logged = f"{SCRIPTS} test_the_flags_are_logged_with_the_values_that_learning_uses"
+shared(logged, "script_not_logged", '{"script": Args.exp_name} | asdict(args)', "asdict(args)")
 film = f"{SCRIPTS} test_a_film_is_written_at_the_end_of_its_evaluation"
 shared(film, "film_kept_in_memory", "run.save_video(step, eval_envs[0])", "pass")
 first = f"{SCRIPTS} test_a_first_observation_that_is_not_finite_ends_the_run"

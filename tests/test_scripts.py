@@ -340,6 +340,7 @@ def test_the_flags_are_logged_with_the_values_that_learning_uses(in_process):
     (event,) = events.Tensors("hyperparameters")
     table = event.tensor_proto.string_val[0].decode()
     assert "|env_id|InvertedPendulum-v5|" in table and "|ell|-0.1|" in table
+    assert "|script|gempo_neg|" in table
     kappa = float(re.search(r"\|target_kl\|(.*)\|", table)[1])
     assert kappa == pytest.approx(2 * np.log(2) / np.log(64))
 
