@@ -59,7 +59,7 @@ def read_run(folder: pathlib.Path) -> list[dict]:
     if name == "neg":
         name = f"neg({args['ell']:g})"
     if args.get("normalizer") == "simplex":
-        name += ", simplex"
+        name += f", simplex({args['target_kl']:g})"  # with its KL budget in nats
     flags = join_flags({flag: value for flag, value in args.items() if flag not in OWN})
     first_flags = join_flags({flag: args[flag] for flag in PRETRAINED if flag in args})
     before = {"name": "pretrained", "seed": args["seed"], "flags": first_flags}

@@ -1346,7 +1346,7 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
         runs.append(write_dna_run(tmp_path / str(seed), value, seed))
     tds = dict(weighting="exp", method="tds", alpha=0.2)
     runs.append(write_dna_run(tmp_path / "tds", 4.0, **tds))
-    simplex = dict(weighting="linear", normalizer="simplex")
+    simplex = dict(weighting="linear", normalizer="simplex", target_kl=2.5)
     runs.append(write_dna_run(tmp_path / "simplex", 5.0, **simplex))
     runs.append(write_dna_run(tmp_path / "unfinished", 0.0, metrics=False))
     dna_table.main(dna_table.Args(tuple(runs), to_csv=tmp_path / "dna.csv"))
@@ -1355,7 +1355,7 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert table[2].startswith("| pretrained | 3 | 0.00 ± 0.00 |") and table[2].endswith("| 0.17 |")
     assert table[3].startswith("| tds | 1 | 4.00 | ") and table[3].endswith("| 4.64 |")
     assert table[4].startswith("| neg(-0.3) | 3 | 3.00 ± 1.53 |")  # sqrt(7 / 3)
-    assert table[5].startswith("| linear, simplex | 1 | 5.00 | ")
+    assert table[5].startswith("| linear, simplex(2.5) | 1 | 5.00 | ")
     assert len(table) == 6
     dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
     assert capsys.readouterr().out.splitlines() == table
