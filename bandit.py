@@ -8,7 +8,7 @@ A policy over a single action a in [-1, 1] is fitted to its own best samples. On
 
     1. draw N candidates a_i from the policy, clipped to [-1, 1], and add Gaussian noise to them;
     2. look up their rewards q_i = R(a_i), which are the Q-values here: a bandit has no future;
-    3. turn the rewards into weights w_i, with a temperature lambda;
+    3. turn the rewards into weights w_i, with a temperature T;
     4. take 30 Adam steps on sum_i w_i |v(x_t, t) - (eps - x_0)|^2 at x_0 = a_i (equation 8);
     5. evaluate: the simple regret is max_a R(a) - E_pi[R(a)], without the noise of step 1.
 
@@ -17,21 +17,21 @@ to noise eps at t = 1. Methods differ in step 3 alone. The weights of the first 
 sum_i w_i q_i - lambda D_f(w, uniform) over weights that sum to one, with the f-divergence
 D_f = 1/N sum_i f(N w_i), so that f'(N w_i) = (q_i - nu) / lambda wherever no bound holds w_i:
 
-    name     divergence          f(x)                      weight w_i
-    exp      forward KL          x log x                   exp((q_i - nu) / lambda)
-    linear   chi-squared         x^2 - 1                   max((q_i - nu) / lambda, 0)
-    power    alpha > 1           p (x^alpha - x) / alpha   max((q_i - nu) / lambda, 0)^p
-    square   power, alpha = 1.5                            max((q_i - nu) / lambda, 0)^2
-    neg      signed chi-squared  x^2 - 1                   max((q_i - nu) / lambda, ell / N)
-    qvpo     QVPO (example 3.2)  linear at a fixed lambda  max(q_i - nu, 0) / N
-    wd1      WD1 (example 3.4)                             softmax(A)_i - softmax(-A)_i
+    name     divergence          f(x)                      N w_i
+    exp      forward KL          x log x                   exp((q_i - nu) / T)
+    linear   chi-squared         x^2 - 1                   max((q_i - nu) / T, 0)
+    power    alpha > 1           p (x^alpha - x) / alpha   max((q_i - nu) / T, 0)^p
+    square   power, alpha = 1.5                            max((q_i - nu) / T, 0)^2
+    neg      signed chi-squared  x^2 - 1                   max((q_i - nu) / T, ell)
+    qvpo     QVPO (example 3.2)  linear at T = 1           max(q_i - nu, 0)
+    wd1      WD1 (example 3.4)                             N softmax(A)_i - N softmax(-A)_i
 
-with p = 1 / (alpha - 1). nu is the multiplier for which the N weights sum to one; in the table lambda
-has absorbed N and constants such as the 2 of f'(x) = 2x. exp (DPMD, AWR) gives every candidate a
-weight; linear, power, square and qvpo none below nu; neg a negative one there, down to ell / N
-(equation 11). qvpo is N w_i = max(q_i - nu, 0) whatever the rewards' scale: with rewards from 0
-to 1 that is 1 + q_i - mean(q), nearly uniform. A is q with zero mean and unit variance; wd1 has
-no nu, as its weights sum to zero.
+with p = 1 / (alpha - 1). nu is the multiplier for which the mean of N w_i is one. T, --temperature,
+is lambda times a constant of the divergence: 1 for exp, 2 for linear and neg, p for power. exp (DPMD,
+AWR) gives every candidate a weight; linear, power, square and qvpo none below nu; neg a negative one
+there, down to ell average weights (equation 11). qvpo does not adapt to the scale of the rewards:
+with rewards from 0 to 1 it is 1 + q_i - mean(q), nearly uniform. A is q with zero mean and unit
+variance; wd1 has no nu, as its weights sum to zero.
 
     python bandit.py --problem sharp                  # Figure 2, two sharp optima
     python bandit.py --problem broad                  # Figure 2, two broad optima
@@ -41,7 +41,8 @@ no nu, as its weights sum to zero.
 
 A run prints a table and saves four files to runs/{problem}__bandit__{seed}__{time}: args.json (the
 flags), regret.csv, regret.png, and results.npz with what else was measured at each epoch, from
-which benchmark/plot_bandit.py draws how the policy moved.
+which benchmark/plot_bandit.py draws how the policy moved. They are written after each method, so that
+a run that is stopped keeps the methods that are done.
 
 Shapes: N candidates, S seeds, E epochs; epoch 0 is the initial policy.
 """
@@ -75,20 +76,20 @@ class Args:
     problem: Literal["sharp", "broad", "escape"] = "sharp"  # which reward and initial policy
     seed: int = 1  # first seed
     num_seeds: int = 20  # seeds, `seed` and those after it; all methods share a seed's draws
-    methods: tuple[Weighting, ...] = ()  # weightings to compare, one curve each
-    ell: tuple[float, ...] = (-0.3,)  # floors of neg on N w_i, one curve each; 0 is linear
-    alpha: float = 1.25  # alpha of power; 2 is linear, 1.5 is square
+    methods: tuple[Weighting, ...] = ()  # one curve each; (): exp linear square (escape: and neg)
+    ell: tuple[float, ...] = (-0.3,)  # neg only: floors on N w_i, one curve each; 0 is linear
+    alpha: float = 1.25  # power only: its alpha; 2 is linear, 1.5 is square
     matching: Literal["flow", "nce"] = "flow"  # equation 8, or noise contrastive (appendix G)
-    nce_gamma: float = 1.0  # gamma of nce, the difference in squared error that counts as one nat
-    temperature: float | None = None  # of N w_i, see compute_weights; wd1 and qvpo have none
-    target_kl: float | None = None  # KL budget in nats that tunes it (appendix F); None: fixed
+    nce_gamma: float = 1.0  # nce only: the difference in squared error that counts as one nat
+    temperature: float | None = None  # T, not of wd1 and qvpo; None: .05 (escape: .01)
+    target_kl: float | None = None  # KL budget in nats to tune T to, from there; None: T stays
     temperature_lr: float = 0.05  # Adam's rate on its logarithm, one step an epoch, in that case
-    num_epochs: int | None = None  # epochs (E)
+    num_epochs: int | None = None  # epochs (E); None: 100 (escape: 200)
     num_particles: int = 256  # candidates an epoch (N)
     candidate_noise: float = 0.1  # standard deviation of the noise added to the candidates
     gradient_steps: int = 30  # Adam steps an epoch, all on the same candidates
     learning_rate: float = 1e-3  # Adam's rate on the policy
-    loss_clip: float | None = None  # upper limit of a squared error in the loss; inf: none
+    loss_clip: float | None = None  # limit of a squared error; inf: none; None: 5 (escape: inf)
     action_bound: float = 1.0  # sampled actions are clipped to [-action_bound, action_bound]
     sampler_steps: int = 20  # steps of the sampler from noise to action
     eta: float = 0.0  # noise of the sampler (equation 4): 0 is the ODE, 1 the reverse-time SDE
@@ -137,8 +138,9 @@ def check_args(args: Args) -> None:
         require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     for flag in POSITIVES:
         require(args, flag, 0 < getattr(args, flag) < math.inf, "a finite number above 0")
-    for flag in ("eta", "candidate_noise"):
-        require(args, flag, 0 <= getattr(args, flag) < math.inf, "finite and at least 0")
+    require(args, "eta", 0 <= args.eta <= 10, "a number from 0 to 10")
+    noise = args.candidate_noise
+    require(args, "candidate_noise", 0 <= noise < math.inf, "finite and at least 0")
     ends = [abs(center) for center in PROBLEMS[args.problem].centers]
     require(args, "action_bound", args.action_bound >= max(ends), f"at least {max(ends)}")
     is_seed = 0 <= args.seed <= 2**31 - args.num_seeds
@@ -149,8 +151,12 @@ def check_args(args: Args) -> None:
         log_n = math.log(args.num_particles)  # weights that sum to one are never further apart
         is_allowed = 0 < args.target_kl < log_n
         require(args, "target_kl", is_allowed, f"above 0, below log(num_particles) = {log_n:.3f}")
+        has_temperature = not {"wd1", "qvpo"} & set(args.methods)
+        require(args, "target_kl", has_temperature, "left out with wd1 and qvpo, which have no T")
     are_floors = all(-math.inf < ell <= 0 for ell in args.ell)
     require(args, "ell", are_floors, "finite and at most 0")
+    has_floors = len(args.ell) > 0 or "neg" not in args.methods
+    require(args, "ell", has_floors, "one or more floors for neg")
     methods = list_methods(args)
     is_distinct = len({method.name for method in methods}) == len(methods) > 0
     require(args, "methods", is_distinct, "one or more, each once, and so the floors in --ell")
@@ -400,9 +406,9 @@ def reweight_wd1(q: jax.Array) -> jax.Array:
 def compute_weights(args: Args, method: Method, q: jax.Array, temperature: jax.Array) -> jax.Array:
     """The method's weights (..., N) for rewards q (..., N).
 
-    `temperature` is that of N w_i = max((q_i - nu) / temperature, 0)^p, whose mean is one: so it
-    means the same for every N, and about the same for every weighting. The weights themselves, which
-    sum to one, have lambda = temperature N^(1/p), with p = 1 / (alpha - 1); exp has temperature.
+    `temperature` is T in the table at the top. It means the same for every N. It does not make the
+    weightings equally sharp, since w is steeper in q the larger p is; --target-kl does. The reweight
+    functions give w_i instead of N w_i, so they are called with T N^(1/p); N cancels in exp.
     """
     n = q.shape[-1]
     match method.weighting:
@@ -450,6 +456,8 @@ def nce_loss(errors, weights, gamma: float) -> jax.Array:
 
     A cross-entropy of two distributions over the candidates: the weights, and the policy's, with
     -errors / gamma in place of its log density. So weights must not be negative and must sum to one.
+    An error is of one t and eps; the paper's objective has its mean over them in the softmax, of which
+    this is an upper bound on average (Jensen's inequality, as in the last step of appendix G).
     """
     attraction = jnp.sum(weights * errors) / gamma
     log_partition = jax.nn.logsumexp(-errors / gamma)
@@ -482,7 +490,7 @@ class State(NamedTuple):
 class Record(NamedTuple):
     """What is measured after an epoch."""
 
-    regret: jax.Array  # simple regret; NaN if the network is broken
+    regret: jax.Array  # simple regret; NaN if an action is (a huge one ends on the action bound)
     histogram: jax.Array  # (100,) how many of the evaluation's actions lie in each bin
     loss: jax.Array  # mean over the epoch's gradient steps
     temperature: jax.Array  # that the epoch's weights were computed with
@@ -528,7 +536,8 @@ def initial_states(args: Args) -> tuple[State, jax.Array]:
     their paired differences are less noisy than their regrets.
     """
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seed, args.seed + args.num_seeds))
-    init_keys, train_keys = jax.vmap(jax.random.split)(keys).T
+    pairs = jax.vmap(jax.random.split)(keys)  # (S, 2)
+    init_keys, train_keys = pairs[:, 0], pairs[:, 1]
     state = jax.jit(jax.vmap(partial(initial_state, args)))(init_keys)
     return state, train_keys
 
@@ -609,7 +618,7 @@ def train(args: Args, method: Method, state: State, keys: jax.Array) -> Record:
     for epoch in range(1, args.num_epochs + 1):
         state, record = run_epoch_of_seeds(args, method, state, epoch_keys(keys, epoch))
         records.append(record)
-    return Record(*(np.stack(values, axis=1) for values in zip(*records, strict=True)))
+    return jax.tree.map(lambda *epochs: np.stack(epochs, axis=1), *records)
 
 
 # ============================================ RESULTS ============================================
@@ -653,9 +662,15 @@ def print_table(args: Args, regrets: dict[str, np.ndarray]) -> None:
     last = args.num_epochs
     epochs = sorted({max(last // 5, 1), max(last // 2, 1), last})
     names = list(regrets)
-    row = ["method", *(f"regret at {epoch}" for epoch in epochs), "mean regret"]
-    row += [f"minus {names[0]} (s.e.)", "escaped", "diverged"]
-    print("".join(cell.ljust(19) for cell in row).rstrip())
+    titles = ["method", *(f"regret at {epoch}" for epoch in epochs), "mean regret"]
+    titles += [f"minus {names[0]} (s.e.)", "escaped", "diverged"]
+    widths = [max(19, len(title) + 2) for title in titles]
+
+    def print_row(cells):
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        print("".join(padded).rstrip())
+
+    print_row(titles)
     for name, regret in regrets.items():
         sound = is_sound(regret)
         mean_regret = regret[:, 1:].mean(axis=-1)
@@ -668,7 +683,7 @@ def print_table(args: Args, regrets: dict[str, np.ndarray]) -> None:
         mean = difference.mean() if len(difference) else math.nan
         row.append(f"{mean:+.4f} ({standard_error(difference):.5f})")
         row += [escaped_share(args, regret), f"{np.sum(~sound)}/{len(sound)}"]
-        print("".join(cell.ljust(19) for cell in row).rstrip())
+        print_row(row)
 
 
 def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
@@ -708,7 +723,10 @@ def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
 
 def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
     """args.json, regret.csv, results.npz with arrays (methods, S, E + 1, ...), and regret.png."""
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    flags = asdict(args)
+    if args.loss_clip == math.inf:
+        flags["loss_clip"] = "inf"  # JSON has no such number
+    (folder / "args.json").write_text(json.dumps(flags, indent=1, allow_nan=False) + "\n")
     with open(folder / "regret.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["method", "seed", "epoch", "regret"])
@@ -744,16 +762,21 @@ def main(args: Args) -> Path:
     try:
         folder = create_folder(args.runs_dir, f"{args.problem}__bandit__{args.seed}")
     except OSError as error:
-        require(args, "runs_dir", False, f"a folder in which one can be made ({error})")
+        what = f"a folder in which one can be made, got {args.runs_dir}: {error}"
+        raise SystemExit(f"--runs-dir must be {what}") from None
     print(f"{args.num_seeds} seeds of {args.problem}, to {folder}", flush=True)
 
     state, keys = initial_states(args)
     records = {}
-    for method in list_methods(args):
-        records[method.name] = train(args, method, state, keys)
-        print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
+    try:
+        for method in list_methods(args):
+            records[method.name] = train(args, method, state, keys)
+            save(folder, args, records)
+            print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; {folder} has: {', '.join(records) or 'no method yet'}")
+        raise SystemExit(130) from None
 
-    save(folder, args, records)
     print_table(args, {name: record.regret for name, record in records.items()})
     return folder
 

@@ -10,6 +10,7 @@ policy.png in the run's folder, or to --figure.
 import json
 import pathlib
 import sys
+import zipfile
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bandit  # noqa: E402 (the line above finds it)
 
-DENSITY_LIMIT = 20  # where the colours end; a policy collapsed into one bin has density 40
+DENSITY_LIMIT = 20  # where the colours end; a policy in one bin has 40 if the action bound is 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ def load_run(folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
         flags = json.loads((folder / "args.json").read_text())
         with np.load(folder / "results.npz") as file:
             arrays = dict(file)
-    except (OSError, ValueError) as error:
+        needed = {"problem", "seed", "num_seeds", "methods", "bins", "histogram", "regret"}
+        missing = needed - flags.keys() - arrays.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{folder} is not a finished run of bandit.py: {error}") from None
     return flags, arrays
 
@@ -72,14 +77,15 @@ def draw(flags: dict, arrays: dict[str, np.ndarray], seed: int) -> Figure:
     grid = np.linspace(bins[0], bins[-1], 501)
     for i, (left, middle, right) in enumerate(axes):
         left.plot(bandit.reward(problem, grid), grid, color="black")
-        left.set(ylabel=f"{methods[i]}\naction a", xlim=(1.1, -0.1))
+        num_sound = bandit.is_sound(arrays["regret"][i]).sum()
+        left.set(ylabel=f"{methods[i]} ({num_sound} seeds)\naction a", xlim=(1.1, -0.1))
         mean = mean_density(density[i], arrays["regret"][i])
         one_seed = density[i, seed - flags["seed"]]
         for panel, values in ((middle, mean), (right, one_seed)):
             image = panel.imshow(values.T, **image_style)
             for center in problem.centers:
                 panel.axhline(center, color="white", linewidth=0.6, linestyle=":")
-    titles = ("reward", f"mean of {flags['num_seeds']} seeds", f"seed {seed}")
+    titles = ("reward", "mean over seeds that did not diverge", f"seed {seed}")
     labels = ("R(a)", "epoch", "epoch")
     for top, bottom, title, label in zip(axes[0], axes[-1], titles, labels, strict=True):
         top.set_title(title)

@@ -251,7 +251,7 @@ def check_args(args: Args) -> None:
     for flag in ("sampler_steps", "num_samples", "training_steps", "hidden"):
         bandit.require(args, flag, getattr(args, flag) >= 1, "a whole number, at least 1")
     bandit.require(args, "seed", 0 <= args.seed < 2**31, "at least 0 and below 2^31")
-    bandit.require(args, "eta", 0 <= args.eta < np.inf, "finite and at least 0")
+    bandit.require(args, "eta", 0 <= args.eta <= 10, "a number from 0 to 10")
 
 
 def main(args: Args) -> None:

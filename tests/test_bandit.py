@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -110,6 +111,43 @@ def test_wd1_by_hand():
 
 
 METHODS = [Method("exp"), Method("linear"), Method("square"), Method("power"), Method("neg", -0.3)]
+
+
+def weights_by_definition(name, q, temperature, power=1.0, floor=0.0):
+    """N w_i in float64: max((q_i - nu) / T, floor)^p or exp((q_i - nu) / T), with a mean of one."""
+
+    def weights_at(nu):
+        z = (q - nu) / temperature
+        if name == "exp":
+            return np.exp(z)
+        if power == 1:
+            return np.maximum(z, floor)
+        return np.maximum(z, 0) ** power
+
+    nu = brentq(lambda nu: weights_at(nu).mean() - 1, q.min() - 5, q.max(), xtol=1e-14)
+    return weights_at(nu)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "definition"),
+    [
+        ("exp", {}, {}),
+        ("linear", {}, {}),
+        ("square", {}, dict(power=2)),
+        ("power", dict(alpha=1.25), dict(power=4)),
+        ("power", dict(alpha=3.0), dict(power=0.5)),
+        ("neg", dict(ell=-0.3), dict(floor=-0.3)),
+        ("neg", dict(ell=-1.0), dict(floor=-1.0)),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.05, 0.7])
+def test_weights_are_those_of_the_table(name, flags, definition, temperature):
+    q = np.random.default_rng(0).uniform(0, 1, 40)
+    method = Method(name, flags.get("ell", 0.0))
+    args = Args(alpha=flags.get("alpha", Args.alpha))
+    weights = bandit.compute_weights(args, method, jnp.array(q), jnp.float32(temperature))
+    expected = weights_by_definition(name, q, temperature, **definition)
+    np.testing.assert_allclose(40 * weights, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -346,7 +384,7 @@ def test_files_of_a_run(run):
     assert run.name.startswith("escape__bandit__7__")
     names = ["args.json", "regret.csv", "regret.png", "results.npz"]
     assert sorted(path.name for path in run.iterdir()) == names
-    flags = json.loads((run / "args.json").read_text())
+    flags = json.loads((run / "args.json").read_text(), parse_constant=pytest.fail)
     expected = bandit.fill_defaults(replace(TINY, problem="escape"))
     assert flags["num_epochs"] == 3
     assert flags["temperature"] == expected.temperature == 0.01
@@ -373,6 +411,52 @@ def test_methods_share_a_seeds_draws(run):
     assert linear[0, 0] != linear[1, 0]  # of different seeds, different
 
 
+@pytest.mark.usefixtures("quick_compile")
+def test_a_stopped_run_keeps_the_methods_that_are_done(tmp_path, monkeypatch, capsys):
+    train = bandit.train
+
+    def interrupted(args, method, *rest):
+        if method.name == "square":
+            raise KeyboardInterrupt
+        return train(args, method, *rest)
+
+    monkeypatch.setattr(bandit, "train", interrupted)
+    args = replace(TINY, problem="escape", runs_dir=str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        bandit.main(replace(args, methods=("linear", "square")))
+    assert stop.value.code == 130
+    (folder,) = tmp_path.iterdir()
+    assert capsys.readouterr().out.splitlines()[-1] == f"stopped; {folder} has: linear"
+    flags, arrays = plot_bandit.load_run(folder)
+    assert list(arrays["methods"]) == ["linear"] and np.isfinite(arrays["regret"]).all()
+    assert (folder / "regret.csv").exists() and (folder / "regret.png").exists()
+    text = (folder / "args.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss_clip"] == "inf"
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    ("flag", "value", "more"),
+    [
+        ("eta", 0.5, {}),
+        ("candidate_noise", 0.0, {}),
+        ("loss_clip", 0.1, {}),
+        ("gradient_steps", 5, {}),
+        ("learning_rate", 1e-2, {}),
+        ("temperature", 0.5, {}),
+        ("matching", "nce", {}),
+        ("nce_gamma", 0.1, dict(matching="nce")),
+        ("alpha", 3.0, dict(methods=("power",))),
+        ("methods", ("linear",), {}),
+    ],
+)
+def test_every_flag_of_learning_changes_the_curve(flag, value, more):
+    base = replace(TINY, **dict(methods=("square",), num_epochs=1, temperature=0.05) | more)
+    (ours,) = curves(base).values()
+    (other,) = curves(replace(base, **{flag: value})).values()
+    assert (np.abs(ours.regret[:, 1] - other.regret[:, 1]) > 1e-6).all()
+
+
 def test_the_policys_heat_map(run, tmp_path, capsys):
     plot_bandit.main(plot_bandit.Args(run, figure=tmp_path / "policy.png"))
     assert (tmp_path / "policy.png").read_bytes()[:4] == b"\x89PNG"
@@ -388,6 +472,16 @@ def test_the_policys_heat_map(run, tmp_path, capsys):
         plot_bandit.main(plot_bandit.Args(run, seed=9))
     with pytest.raises(SystemExit, match="is not a finished run of bandit.py"):
         plot_bandit.main(plot_bandit.Args(tmp_path))
+    for damage in (lambda text: text[:300], lambda text: b""):
+        cut = tmp_path / "cut"
+        shutil.copytree(run, cut, dirs_exist_ok=True)
+        (cut / "results.npz").write_bytes(damage((run / "results.npz").read_bytes()))
+        with pytest.raises(SystemExit, match="is not a finished run of bandit.py"):
+            plot_bandit.main(plot_bandit.Args(cut))
+    shutil.copy(run / "results.npz", cut)
+    (cut / "args.json").write_text('{"seed": 1}')
+    with pytest.raises(SystemExit, match="bandit.py: it lacks num_seeds, problem$"):
+        plot_bandit.main(plot_bandit.Args(cut))
     with pytest.raises(SystemExit, match="^--figure must be a picture's file"):
         plot_bandit.main(plot_bandit.Args(run, figure=tmp_path / "policy.nothing"))
 
@@ -445,7 +539,9 @@ def test_table(capsys):
     bad = good - 0.1
     bad[0, 2:] = np.nan
     bandit.print_table(args, {"exp": good, "neg(-1)": bad})
-    _, first, second = capsys.readouterr().out.splitlines()
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[-4:] == ["exp", "(s.e.)", "escaped", "diverged"]
+    assert head.index("escaped") == first.index("2/3 [")  # each title stands over its column
     assert first.split("  ")[0] == "exp"
     # Epoch 3: .2, .1, .3, whose interval is 4.303 * .1 / sqrt(3); means .3, .2667, .3333.
     assert "0.2000 +- 0.2484" in first
@@ -472,7 +568,11 @@ def test_signed_measures_as_a_program(tmp_path, capsys):
     [
         (dict(ell=(0.3,)), "--ell must be finite and at most 0, got (0.3,)"),
         (dict(ell=(float("nan"),)), "--ell must be finite and at most 0, got (nan,)"),
-        (dict(methods=("neg",), ell=()), "--methods must be one or more, each once, and so"),
+        (dict(methods=("neg",), ell=()), "--ell must be one or more floors for neg, got ()"),
+        (
+            dict(methods=("exp", "qvpo"), target_kl=1.0),
+            "--target-kl must be left out with wd1 and qvpo, which have no T, got 1.0",
+        ),
         (dict(methods=("neg",), ell=(0.0, -0.0)), "--methods must be one or more, each once"),
         (dict(methods=("exp", "exp")), "--methods must be one or more, each once"),
         (
@@ -490,7 +590,9 @@ def test_signed_measures_as_a_program(tmp_path, capsys):
         (dict(seed=-1), "--seed must be at least 0, and the last seed below 2^31, got -1"),
         (dict(temperature=-0.1), "--temperature must be a finite number above 0, got -0.1"),
         (dict(temperature=float("nan")), "--temperature must be a finite number above 0"),
-        (dict(eta=-0.5), "--eta must be finite and at least 0, got -0.5"),
+        (dict(eta=-0.5), "--eta must be a number from 0 to 10, got -0.5"),
+        (dict(eta=1e200), "--eta must be a number from 0 to 10, got 1e+200"),
+        (dict(candidate_noise=-0.1), "--candidate-noise must be finite and at least 0, got -0.1"),
         (dict(target_kl=0.0), "--target-kl must be above 0, below log(num_particles) = 2.773"),
         (dict(loss_clip=0.0), "--loss-clip must be above 0, inf for no clip, got 0.0"),
         (dict(matching="nce", methods=("wd1",)), "--matching must be flow with signed weights"),
@@ -523,10 +625,12 @@ def test_command_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("problem", "method"), [("sharp", "linear"), ("broad", "square")])
 def test_the_weighting_should_fit_the_landscape(problem, method):
-    """Q3: at the defaults, better than exp by more than two paired standard errors."""
-    records = curves(Args(problem=problem, methods=("exp", method), seed=100))
-    exp, best = (record.regret[:, 1:].mean(axis=-1) for record in records.values())
-    assert (exp - best).mean() > 2 * bandit.standard_error(exp - best)
+    """Q3: at the defaults, better than each other by more than two paired standard errors."""
+    records = curves(Args(problem=problem, seed=100))
+    regrets = {name: record.regret[:, 1:].mean(axis=-1) for name, record in records.items()}
+    best = regrets.pop(method)
+    for other in regrets.values():
+        assert (other - best).mean() > 2 * bandit.standard_error(other - best)
 
 
 @pytest.mark.slow
