@@ -41,8 +41,8 @@ variance; wd1 has no nu, as its weights sum to zero.
 
 A run prints a table and saves four files to runs/{problem}__bandit__{seed}__{time}: args.json (the
 flags), regret.csv, regret.png, and results.npz with what else was measured at each epoch, from
-which benchmark/plot_bandit.py draws how the policy moved. They are written after each method, so that
-a run that is stopped keeps the methods that are done.
+which benchmark/plot_bandit.py draws how the policy moved. The last three are written after each
+method, so that a run that is stopped keeps the methods that are done.
 
 Shapes: N candidates, S seeds, E epochs; epoch 0 is the initial policy.
 """
@@ -50,6 +50,7 @@ Shapes: N candidates, S seeds, E epochs; epoch 0 is the initial policy.
 import csv
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -618,6 +619,7 @@ def train(args: Args, method: Method, state: State, keys: jax.Array) -> Record:
     for epoch in range(1, args.num_epochs + 1):
         state, record = run_epoch_of_seeds(args, method, state, epoch_keys(keys, epoch))
         records.append(record)
+    # One Record of (S, ...) an epoch becomes a single Record of (S, E + 1, ...), on the host.
     return jax.tree.map(lambda *epochs: np.stack(epochs, axis=1), *records)
 
 
@@ -721,12 +723,16 @@ def plot_regret(path: Path, args: Args, regrets: dict[str, np.ndarray]) -> None:
     figure.savefig(path, dpi=90)
 
 
-def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
-    """args.json, regret.csv, results.npz with arrays (methods, S, E + 1, ...), and regret.png."""
+def save_args(folder: Path, args: Args) -> None:
+    """args.json, the flags."""
     flags = asdict(args)
     if args.loss_clip == math.inf:
         flags["loss_clip"] = "inf"  # JSON has no such number
     (folder / "args.json").write_text(json.dumps(flags, indent=1, allow_nan=False) + "\n")
+
+
+def save(folder: Path, args: Args, records: dict[str, Record]) -> None:
+    """regret.csv, results.npz with arrays (methods, S, E + 1, ...), and regret.png."""
     with open(folder / "regret.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["method", "seed", "epoch", "regret"])
@@ -766,12 +772,14 @@ def main(args: Args) -> Path:
         raise SystemExit(f"--runs-dir must be {what}") from None
     print(f"{args.num_seeds} seeds of {args.problem}, to {folder}", flush=True)
 
-    state, keys = initial_states(args)
+    save_args(folder, args)
     records = {}
     try:
+        state, keys = initial_states(args)
         for method in list_methods(args):
-            records[method.name] = train(args, method, state, keys)
-            save(folder, args, records)
+            record = train(args, method, state, keys)
+            save(folder, args, {**records, method.name: record})
+            records[method.name] = record  # only now: what is listed as done is on disk
             print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; {folder} has: {', '.join(records) or 'no method yet'}")
@@ -782,4 +790,5 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
     main(tyro.cli(Args, description=__doc__))

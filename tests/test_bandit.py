@@ -434,6 +434,37 @@ def test_a_stopped_run_keeps_the_methods_that_are_done(tmp_path, monkeypatch, ca
     assert json.loads(text, parse_constant=pytest.fail)["loss_clip"] == "inf"
 
 
+@pytest.mark.parametrize("function", ["initial_states", "train"])
+@pytest.mark.usefixtures("quick_compile")
+def test_a_run_stopped_before_its_first_method_has_its_flags(
+    function, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bandit, function, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        bandit.main(replace(TINY, runs_dir=str(tmp_path)))
+    assert stop.value.code == 130
+    (folder,) = tmp_path.iterdir()
+    assert capsys.readouterr().out.splitlines()[-1] == f"stopped; {folder} has: no method yet"
+    assert [path.name for path in folder.iterdir()] == ["args.json"]
+    with pytest.raises(SystemExit, match="is not a finished run of bandit.py"):
+        plot_bandit.load_run(folder)
+
+
+def test_a_method_counts_as_done_when_its_files_are_written(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bandit, "initial_states", lambda args: (None, None))
+    monkeypatch.setattr(bandit, "train", lambda *_: None)
+    monkeypatch.setattr(bandit, "save", interrupted)
+    with pytest.raises(SystemExit):
+        bandit.main(replace(TINY, runs_dir=str(tmp_path)))
+    assert capsys.readouterr().out.rstrip().endswith("has: no method yet")
+
+
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("flag", "value", "more"),

@@ -1396,7 +1396,9 @@ def test_the_dna_table_of_data_without_a_truth_comes_from_its_csv_too(tmp_path, 
     assert capsys.readouterr().out == table
 
 
-@pytest.mark.parametrize("name", ["metrics", "metrics_simplex", "metrics_pretrain_2000", "metrics_9cab2ff"])
+@pytest.mark.parametrize(
+    "name", ["metrics", "metrics_simplex", "metrics_pretrain_2000", "metrics_9cab2ff"]
+)
 def test_the_committed_dna_results_make_the_tables_of_the_document(name, capsys):
     dna_table.main(dna_table.Args((ROOT / f"benchmark/results/dna/{name}.csv",)))
     assert capsys.readouterr().out in (ROOT / "benchmark/DNA.md").read_text()
