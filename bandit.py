@@ -50,7 +50,9 @@ Shapes: N candidates, S seeds, E epochs; epoch 0 is the initial policy.
 import csv
 import json
 import math
+import os
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -760,6 +762,9 @@ def create_folder(runs_dir: str, name: str) -> Path:
             second += 1
 
 
+STOPPED = 130  # exit code of a run that was stopped, the shell's for Ctrl-C
+
+
 def main(args: Args) -> Path:
     """Train all methods; print the table and save the files to a new folder, which is returned."""
     args = fill_defaults(args)
@@ -783,7 +788,7 @@ def main(args: Args) -> Path:
             print(f"{method.name}: done after {time.time() - start:.0f} s", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; {folder} has: {', '.join(records) or 'no method yet'}")
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
 
     print_table(args, {name: record.regret for name, record in records.items()})
     return folder
@@ -791,4 +796,12 @@ def main(args: Args) -> Path:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
-    main(tyro.cli(Args, description=__doc__))
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        main(args)
+    except SystemExit as stop:
+        if stop.code != STOPPED:
+            raise
+        # JAX, interrupted in a call, often crashes while Python closes down: leave without that.
+        sys.stdout.flush()
+        os._exit(STOPPED)

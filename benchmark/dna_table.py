@@ -7,6 +7,9 @@
 Folders without metrics.json (unfinished runs) are left out and named. A number is the mean over
 seeds ± its standard error; the runs of a weighting must have equal flags but for the seed. All runs
 must have equal flags of data, pretraining and sampling, which earlier CSV files do not tell.
+
+The last columns are means over the last 20 updates of the medians of their samples, from the runs'
+TensorBoard logs: a single update, such as the last one, moves the model by much.
 """
 
 import csv
@@ -17,9 +20,16 @@ import statistics
 from dataclasses import dataclass
 
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COLUMNS = ("predicted_activity", "reward", "true_activity", "kmer_pearson", "motif_spearman")
 COLUMNS += ("log_likelihood_bound", "unique_fraction", "hamming_distance", "gc")
+LAST_UPDATES = 20
+LAST_TAGS = {  # column: its scalar in the log
+    f"predicted_last_{LAST_UPDATES}": "charts/predicted_activity",
+    f"true_last_{LAST_UPDATES}": "charts/true_activity",
+}
+COLUMNS += tuple(LAST_TAGS)
 # Table 3 of the paper (arXiv 2603.10250): median predicted activity. Our exp is its RL-D2.
 PAPER = {
     "pretrained": 0.17,
@@ -64,7 +74,20 @@ def read_run(folder: pathlib.Path) -> list[dict]:
     first_flags = join_flags({flag: args[flag] for flag in PRETRAINED if flag in args})
     before = {"name": "pretrained", "seed": args["seed"], "flags": first_flags}
     after = {"name": name, "seed": args["seed"], "flags": flags}
-    return [before | metrics["pretrained"], after | metrics["finetuned"]]
+    return [before | metrics["pretrained"], after | metrics["finetuned"] | read_last(folder)]
+
+
+def read_last(folder: pathlib.Path) -> dict[str, float]:
+    """The mean of each scalar of LAST_TAGS over the last updates; none of a run without updates."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # all, not a random part
+    log.Reload()
+    means = {}
+    for column, tag in LAST_TAGS.items():
+        if tag in log.Tags()["scalars"]:
+            by_update = {event.step: event.value for event in log.Scalars(tag)}
+            last = sorted(by_update)[-LAST_UPDATES:]
+            means[column] = statistics.mean(by_update[update] for update in last)
+    return means
 
 
 def join_flags(flags: dict) -> str:
@@ -129,8 +152,10 @@ def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
     return list(rows.values())
 
 
-def format_cell(values: list[float]) -> str:
-    """Mean ± standard error."""
+def format_cell(values: list[float | None]) -> str:
+    """Mean ± standard error; empty if one of the values is missing."""
+    if None in values:
+        return ""
     mean = f"{statistics.mean(values):.2f}"
     if len(values) == 1:
         return mean
@@ -142,12 +167,12 @@ def make_table(rows: list[dict]) -> str:
     order = list(PAPER)
     names = {row["name"] for row in rows}
     known = [name for name in order if name in names]
-    columns = [column for column in COLUMNS if all(column in row for row in rows)]
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
     header = ["", "seeds", *columns, "paper's Table 3"]
     lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "| --- " * len(header) + "|"]
     for name in known + sorted(names - set(order)):
         own_rows = [row for row in rows if row["name"] == name]
-        cells = [format_cell([row[column] for row in own_rows]) for column in columns]
+        cells = [format_cell([row.get(column) for row in own_rows]) for column in columns]
         cells = [name, str(len(own_rows)), *cells, str(PAPER.get(name, ""))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

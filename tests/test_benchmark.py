@@ -1361,6 +1361,36 @@ def test_the_dna_table_has_mean_and_standard_error_and_its_csv_gives_the_same(tm
     assert capsys.readouterr().out.splitlines() == table
 
 
+def test_the_dna_table_has_the_means_of_the_last_20_updates_of_runs_that_learned(tmp_path, capsys):
+    runs = [write_dna_run(tmp_path / str(seed), 1.0, seed) for seed in (1, 2)]
+    runs.append(write_dna_run(tmp_path / "smc", 4.0, weighting="exp", method="smc"))
+    for folder in runs:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for values in metrics.values():
+            for column in dna_table.LAST_TAGS:
+                del values[column]
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    for seed, folder in enumerate(runs[:2]):
+        writer = EventFileWriter(str(folder))
+        for update in range(1, 12_001):  # more than TensorBoard keeps by itself
+            is_last = update > 12_000 - dna_table.LAST_UPDATES
+            value = 7.0 + seed + update % 2 if is_last else 100.0
+            summary = Summary(
+                value=[Summary.Value(tag="charts/predicted_activity", simple_value=value)]
+            )
+            writer.add_event(Event(step=update, summary=summary))
+        writer.close()
+    dna_table.main(dna_table.Args(tuple(runs), to_csv=tmp_path / "dna.csv"))
+    table = capsys.readouterr().out
+    header, _, pretrained, neg, smc = table.splitlines()
+    assert header.endswith("| gc | predicted_last_20 | paper's Table 3 |")  # no truth in the log
+    assert pretrained.endswith("| 0.00 ± 0.00 |  | 0.17 |")
+    assert neg.endswith("| 1.00 ± 0.00 | 8.00 ± 0.50 | 7.45 |")  # of 7.5 and 8.5
+    assert smc.endswith("| 4.00 |  |  |")
+    dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
+    assert capsys.readouterr().out == table
+
+
 def test_the_csv_of_the_dna_table_gets_a_folder_or_ends_in_one_line(tmp_path, capsys):
     run = write_dna_run(tmp_path / "run", 1.0, pretrain_steps=6_000)
     file = tmp_path / "new" / "folder" / "dna.csv"
