@@ -1265,5 +1265,9 @@ def parse_args(args_class: type = Args) -> Args:
 if __name__ == "__main__":
     try:
         main(parse_args())
+    except KeyboardInterrupt:
+        print("\nstopped; if the run's folder has a file `checkpoint`, --resume FOLDER goes on")
+        sys.stdout.flush()
+        os._exit(130)  # JAX, interrupted in a call, often crashes while Python closes down
     except OSError as error:  # a folder that cannot be written, or a full disk
         raise SystemExit(one_line(error)) from None

@@ -21,6 +21,7 @@ Usage: `python baselines/dna_guidance.py --method tds`; other flags are those of
 """
 
 import math
+import os
 import pathlib
 import sys
 import time
@@ -217,5 +218,8 @@ def main(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         main(dna.parse_args(Args))
+    except KeyboardInterrupt:
+        print("\nstopped", flush=True)
+        os._exit(130)  # JAX, interrupted in a call, often crashes while Python closes down
     except OSError as error:  # a folder that cannot be written, or a full disk
         raise SystemExit(dna.one_line(error)) from None

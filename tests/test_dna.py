@@ -11,6 +11,8 @@ import pathlib
 import re
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
 from functools import partial
@@ -1052,6 +1054,27 @@ def test_beside_resume_a_flag_with_its_default_is_refused_too(monkeypatch):
         assert dna.parse_args().resume is None
     monkeypatch.setattr(sys, "argv", ["dna_finetune.py", "--resume", "runs/x"])
     assert dna.parse_args() == dna.Args(resume="runs/x")
+
+
+@pytest.mark.parametrize("script", ["dna_finetune.py", "baselines/dna_guidance.py"])
+def test_ctrl_c_ends_a_run_in_one_line(tmp_path, script):
+    """Neither a traceback nor JAX's crash while Python closes down."""
+    # A shell's background job ignores SIGINT, and so would its children.
+    command = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    command += f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    flags = ["--data-size", "1000", "--oracle-steps", "1000000"]
+    words = [sys.executable, "-c", command, *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, cwd=tmp_path, **pipes) as run:
+        shown = ""
+        while "reward-oracle" not in shown:
+            letter = run.stdout.read(1)
+            assert letter, run.stderr.read()  # it has ended
+            shown += letter
+        run.send_signal(signal.SIGINT)
+        rest, errors = run.communicate(timeout=120)
+    assert run.returncode == 130 and errors == ""
+    assert rest.splitlines()[-1].startswith("stopped")
 
 
 def test_presets(monkeypatch, capsys):
