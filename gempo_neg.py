@@ -23,6 +23,7 @@ uniform ones. The critics learn by temporal differences, as in SAC and TD3, with
 
 Usage: `python gempo_neg.py --ell -0.3`, or `--help`. The siblings gempo_exp.py, gempo_linear.py and
 gempo_square.py differ in this docstring, in their own flags and in REWEIGHTING.
+After Ctrl-C, `--resume runs/{run}` goes on as if the run had never stopped.
 
 Shapes: B states of a batch, E environments, N particles (the actions of a state), K samples of which
 the best is chosen, T steps of the sampler, d action dimensions.
@@ -78,7 +79,7 @@ class Hyperparameters:
     diffusion_steps: int = 20  # denoising steps of the sampler (T)
     additive_noise: float = 0.2  # standard deviation of the noise added to the particles
     # KL budget of the weights in nats (kappa); None: the paper's, 2.0 (Hopper-v5 2.5, Ant-v5 1.5)
-    # for 64 particles, made smaller for fewer of them
+    # for 64 particles, scaled to another number of them
     target_kl: float | None = None
     old_policy_interval: int = 1_000  # updates between two hard copies of the actor to pi_old
     loss_clip: float = 5.0  # upper limit of an element's squared error in the actor's loss
@@ -100,7 +101,7 @@ class Args(Hyperparameters):
     wandb_entity: str | None = None  # entity (team) of the wandb project
     capture_video: bool = False  # whether to record an episode of each evaluation
     save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
-    checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; 0: never any
     resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
     extend_to: int | None = None  # a resumed run's new total_timesteps; None: as it was
     env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
@@ -266,8 +267,11 @@ class EpisodeInfo(gym.Wrapper):
 
 
 def episode_seeds(seed: int, count: int) -> list[int]:
-    """`count` seeds from `seed` on, below 2**32: dm_control's environments take no greater ones."""
-    return [(seed + i) % 2**32 for i in range(count)]
+    """`count` seeds drawn from `seed`, so that runs with seeds 1 and 2 share none.
+
+    They are below 2**32: dm_control's environments take no greater ones.
+    """
+    return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
 def episode_charts(infos: dict, index: int) -> dict[str, float]:
@@ -309,7 +313,8 @@ class Actor(nn.Module):
     The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
     then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a time, and not
     for every particle at every time: 36% fewer multiply-adds at the default sizes. In a network of
-    your own, both may return their argument, and `denoise` does it all.
+    your own, both may return their argument and `denoise` do it all, on inputs whose batch axes only
+    broadcast; it keeps the field `dot`.
     """
 
     action_dim: int
@@ -458,7 +463,7 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
         return mean + step.noise_std * step.noise, None
 
     # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
-    # A CPU would gain nothing and compile for half as long again.
+    # A CPU would gain nothing and take half as long again to compile.
     unroll = jax.default_backend() != "cpu"
     x, _ = jax.lax.scan(denoising_step, eps[0], steps, reverse=True, unroll=unroll)
     return jnp.clip(x, -1.0, 1.0)  # the last mean may leave the box a little
@@ -468,7 +473,7 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 # To add a weighting, replace the functions of this section: return weights (..., N) that sum to one
 # over the particles (some may be negative) and become uniform as temp rises, and shift q by its
 # maximum first. They need no stop_gradient: the loss takes them as constants. A number of its own is
-# one more field of Hyperparameters and a line in check_args; a new name goes into exp_name, by which
+# one more field of Hyperparameters and a line in check_args; a new name is the default of exp_name, by which
 # saved agents are told apart.
 #
 # Linear weights with a floor b = ell / N. Sort q in descending order, x_1 >= x_2 >= ..., with prefix
@@ -552,11 +557,13 @@ def sample_batch(buffer: ReplayBuffer, key: jax.Array, batch_size: int) -> Trans
 
 
 # =========================================== LEARNING ============================================
-# Which actions are taken, and how they are valued; "the best" is chosen by the minimum of the critics:
+# Which actions are used, and how they are valued; the best is chosen by the minimum of the critics:
 #
-#     particles            N of pi_old's, with noise               the mean of the critics
-#     TD target            the best of td_best_of of the actor's   the minimum of the target critics
-#     acting, evaluating   the best of act_, eval_best_of
+#                 which actions                      their value
+#     particles   N of pi_old's, with noise          mean of the critics
+#     TD target   best of td_best_of of the actor    minimum of the target critics
+#     training    best of act_best_of of the actor   not needed
+#     evaluation  best of eval_best_of of the actor  not needed
 
 
 class Agent(struct.PyTreeNode):
@@ -623,7 +630,7 @@ def choose_best(agent: Agent, obs: jax.Array, actions: jax.Array) -> jax.Array:
 
 
 def td_targets(agent: Agent, batch: Transition, key: jax.Array) -> jax.Array:
-    """y = r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,).
+    """y = reward_scale r + gamma (1 - terminated) min_j Q_target_j(s', a') (B,).
 
     a' is a sample of the current policy; of `td_best_of` samples the best by the online critics.
     """
@@ -750,7 +757,7 @@ def update(agent: Agent, batch: Transition, key: jax.Array) -> tuple[Agent, dict
 def step_agent(agent: Agent, params: dict, opt_state: Any) -> Agent:
     """The agent with new parameters, which the target critics and, at times, pi_old follow."""
     num_updates = agent.num_updates + 1
-    is_copied = num_updates % agent.args.old_policy_interval == 0  # to pi_old, whole
+    is_copied = num_updates % agent.args.old_policy_interval == 0  # pi_old becomes the actor
     old, target = agent.slow_params["actor"], agent.slow_params["critic"]
     slow_params = {
         "actor": jax.tree.map(partial(jnp.where, is_copied), params["actor"], old),
@@ -861,7 +868,7 @@ class State(NamedTuple):
     buffer: ReplayBuffer
     envs: gym.vector.VectorEnv
     obs: np.ndarray  # (E, obs_dim), what the environments show now
-    transitions: Transition | None  # of the last step: they enter the buffer with the next update
+    transitions: Transition | None  # of the last step: they enter the buffer in the next one
 
 
 def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> list[gym.Env]:
@@ -984,7 +991,7 @@ class RunFolder:
     """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
 
     One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
-    `train` ends after the step it is in; one more than a second later ends the process at once.
+    `train` ends after the step it is in; a second one ends the process at once.
     """
 
     def __init__(self, args: Args, first_step: int):
@@ -1035,9 +1042,9 @@ class RunFolder:
             stop_tracking(self.args, exit_code=1 if is_failed else stopped)
 
     def receive_signal(self, number, frame):
-        """The first signal asks `train` to stop; one more than a second later ends the process.
+        """The first signal asks `train` to stop; a second one ends the process.
 
-        Sooner it does nothing: timeout(1) and batch systems send the same signal twice.
+        Within a second it does nothing: timeout(1) and batch systems send the same signal twice.
         """
         now = time.monotonic()
         if not self.stop_signal:
@@ -1077,6 +1084,7 @@ class RunFolder:
     # ----------------------------------------- progress ----------------------------------------
     def start_progress(self, first_step: int) -> None:
         """A bar on a terminal; lines elsewhere."""
+        self.first_step = first_step
         self.shown = {}  # last episodic return and evaluation
         self.durations = collections.deque(maxlen=50)  # seconds of the last learning steps
         self.step_time = self.line_time = time.monotonic()
@@ -1106,8 +1114,8 @@ class RunFolder:
         now = time.monotonic()
         self.durations.append(now - self.step_time)
         self.step_time = now
-        if step <= self.args.learning_starts + 2 * self.args.num_envs:
-            self.durations.clear()  # random steps, and the one that compiles
+        if step <= max(self.args.learning_starts, self.first_step) + 2 * self.args.num_envs:
+            self.durations.clear()  # random steps, and the first ones, which compile
         # Not after the first steps, one of which may have compiled.
         if len(self.durations) == self.durations.maxlen:
             self.announce_long_run(step)

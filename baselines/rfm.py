@@ -46,6 +46,7 @@ them far out on the tanh; only a mean near 1 says that the critics are too sharp
 Usage: `python rfm.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, replay buffer, networks, loop, log and checkpoints: the diff of the two files is the
 algorithm.
+After Ctrl-C, `--resume runs/{run}` goes on as if the run had never stopped.
 
 Shapes: B states of a batch, E environments, N particles (samples of the policy at a state), K
 proposals, T steps of the sampler, d action dimensions.
@@ -114,7 +115,7 @@ class Args(Hyperparameters):
     wandb_entity: str | None = None  # entity (team) of the wandb project
     capture_video: bool = False  # whether to record an episode of each evaluation
     save_model: bool = False  # whether to save the agent at the end (runs/{run}/{exp_name}.model)
-    checkpoint_frequency: int = 50_000  # environment steps between two checkpoints; 0: none
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; 0: never any
     resume: str | None = None  # a run's folder (runs/{run}) to go on from, with its flags
     extend_to: int | None = None  # a resumed run's new total_timesteps; None: as it was
     env_id: str = "HalfCheetah-v5"  # gymnasium id; `module:id` imports the module first
@@ -267,8 +268,11 @@ class EpisodeInfo(gym.Wrapper):
 
 
 def episode_seeds(seed: int, count: int) -> list[int]:
-    """`count` seeds from `seed` on, below 2**32: dm_control's environments take no greater ones."""
-    return [(seed + i) % 2**32 for i in range(count)]
+    """`count` seeds drawn from `seed`, so that runs with seeds 1 and 2 share none.
+
+    They are below 2**32: dm_control's environments take no greater ones.
+    """
+    return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
 def episode_charts(infos: dict, index: int) -> dict[str, float]:
@@ -310,7 +314,8 @@ class Actor(nn.Module):
     The first layer W [x, f, g] + b is written as a sum, W_x x + (W_t f + b) + W_s g. The sampler
     then computes W_s g (`embed_obs`) once a state and W_t f + b (`embed_time`) once a time, and not
     for every particle at every time: 36% fewer multiply-adds at the default sizes. In a network of
-    your own, both may return their argument, and `denoise` does it all.
+    your own, both may return their argument and `denoise` do it all, on inputs whose batch axes only
+    broadcast; it keeps the field `dot`.
     """
 
     action_dim: int
@@ -397,7 +402,7 @@ def sample_latents(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 
     y = jax.random.normal(key, (obs.shape[0], num_samples, actor.action_dim))
     # In each round of a loop a GPU launches kernels that only count and slice: there it is unrolled.
-    # A CPU would gain nothing and compile for half as long again.
+    # A CPU would gain nothing and take half as long again to compile.
     unroll = jax.default_backend() != "cpu"
     y, _ = jax.lax.scan(euler_step, y, time_embeddings, unroll=unroll)
     return y
@@ -746,7 +751,7 @@ class State(NamedTuple):
     buffer: ReplayBuffer
     envs: gym.vector.VectorEnv
     obs: np.ndarray  # (E, obs_dim), what the environments show now
-    transitions: Transition | None  # of the last step: they enter the buffer with the next update
+    transitions: Transition | None  # of the last step: they enter the buffer in the next one
 
 
 def make_eval_envs(args: Args, run_folder: pathlib.Path, first_step: int) -> list[gym.Env]:
@@ -869,7 +874,7 @@ class RunFolder:
     """The folder of a run, and its TensorBoard log, progress, checkpoints and signals.
 
     One process writes a folder at a time. The first SIGINT or SIGTERM sets `stop_signal`, on which
-    `train` ends after the step it is in; one more than a second later ends the process at once.
+    `train` ends after the step it is in; a second one ends the process at once.
     """
 
     def __init__(self, args: Args, first_step: int):
@@ -920,9 +925,9 @@ class RunFolder:
             stop_tracking(self.args, exit_code=1 if is_failed else stopped)
 
     def receive_signal(self, number, frame):
-        """The first signal asks `train` to stop; one more than a second later ends the process.
+        """The first signal asks `train` to stop; a second one ends the process.
 
-        Sooner it does nothing: timeout(1) and batch systems send the same signal twice.
+        Within a second it does nothing: timeout(1) and batch systems send the same signal twice.
         """
         now = time.monotonic()
         if not self.stop_signal:
@@ -962,6 +967,7 @@ class RunFolder:
     # ----------------------------------------- progress ----------------------------------------
     def start_progress(self, first_step: int) -> None:
         """A bar on a terminal; lines elsewhere."""
+        self.first_step = first_step
         self.shown = {}  # last episodic return and evaluation
         self.durations = collections.deque(maxlen=50)  # seconds of the last learning steps
         self.step_time = self.line_time = time.monotonic()
@@ -991,8 +997,8 @@ class RunFolder:
         now = time.monotonic()
         self.durations.append(now - self.step_time)
         self.step_time = now
-        if step <= self.args.learning_starts + 2 * self.args.num_envs:
-            self.durations.clear()  # random steps, and the one that compiles
+        if step <= max(self.args.learning_starts, self.first_step) + 2 * self.args.num_envs:
+            self.durations.clear()  # random steps, and the first ones, which compile
         # Not after the first steps, one of which may have compiled.
         if len(self.durations) == self.durations.maxlen:
             self.announce_long_run(step)

@@ -47,12 +47,13 @@ PAPER = {
 }
 # Flags that may differ between the runs of a weighting.
 OWN = ("script", "weighting", "method", "ell", "seed", "exp_name", "cache_path", "resume")
-OWN += ("checkpoint_frequency",)
+OWN += ("checkpoint_frequency", "preset")  # a preset's values are in the other flags
 # Flags that the samples before the fine-tuning depend on.
 PRETRAINED = ("data_seed", "data_path", "sequence_column", "activity_column", "split_column")
 PRETRAINED += ("sequence_length", "data_size", "denoiser_path", "hidden_dim", "num_layers")
 PRETRAINED += ("pretrain_steps", "pretrain_batch_size", "pretrain_lr", "pretrain_warmup")
 PRETRAINED += ("pretrain_decay", "oracle_dim", "oracle_steps", "sample_steps", "eval_samples")
+PRETRAINED += ("num_groups", "group_size")  # samples are drawn in batches of that size
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def read_path(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def get_metrics(row: dict) -> list[float | None]:
-    """The row's metrics, None for those that it has not."""
-    return [row.get(column) for column in COLUMNS]
+def shared_columns(row: dict, other: dict) -> list[str]:
+    """The metrics that both rows have."""
+    return [column for column in COLUMNS if column in row and column in other]
 
 
 def require_equal_flags(row: dict, other: dict) -> None:
@@ -141,10 +142,11 @@ def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
                 if row.get("flags"):
                     require_equal_flags(row, first_rows.setdefault(row["name"], row))
                 other = rows.setdefault((row["name"], row["seed"]), row)
-                if get_metrics(row) != get_metrics(other):
+                if any(row[column] != other[column] for column in shared_columns(row, other)):
                     run = f"{row['name']}, seed {row['seed']},"
                     raise ValueError(f"another run of {run} has other metrics")
-        except (OSError, ValueError, KeyError) as error:
+                rows[row["name"], row["seed"]] = row | other  # one of them may have more columns
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
     if not rows:
         what = "no finished run is among the paths"

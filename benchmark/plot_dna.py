@@ -12,6 +12,7 @@ A run draws them at its end if it finds this file.
 import pathlib
 from dataclasses import dataclass
 
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,9 +42,10 @@ def draw_activities(folder: pathlib.Path) -> None:
     figure = Figure((5 * len(columns), 3.5), layout="constrained")
     all_axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, column in zip(all_axes, columns, strict=True):
-        for name, rows in samples.items():
-            values = [float(row[column]) for row in rows]
-            axes.hist(values, bins=40, alpha=0.6, label=name)
+        values = {name: [float(row[column]) for row in rows] for name, rows in samples.items()}
+        bins = np.histogram_bin_edges(sum(values.values(), []), 40)  # the same, so heights compare
+        for name, activities in values.items():
+            axes.hist(activities, bins, alpha=0.6, label=name)
         axes.set(xlabel=column.replace("_", " "), ylabel="samples")
         axes.legend()
     figure.savefig(folder / "activities.png", dpi=120)
@@ -108,11 +110,14 @@ def draw(folder: pathlib.Path) -> None:
 
 def main(args: Args) -> None:
     """Draw the runs' pictures; exits with one line if a folder is not a finished run's."""
+    if not args.paths:
+        raise SystemExit("paths must name one or more folders of finished runs")
     for folder in args.paths:
         if not (folder / "finetuned.fasta").exists():
             raise SystemExit(f"{folder} has no finetuned.fasta: it is not a finished run")
         draw(folder)
-        print(f"{folder}: activities.png, learning.png, motifs.png")
+        pictures = sorted(path.name for path in folder.glob("*.png"))
+        print(f"{folder}: {', '.join(pictures)}")
 
 
 if __name__ == "__main__":

@@ -64,19 +64,23 @@ CASE_2 = SignedMixture((0.4, 0.3, 0.3), (-0.7, 0.0, 0.7), (0.2, 0.15, 0.2), (1.4
 CASES = {"Case I": CASE_1, "Case II around 0": CASE_2}
 
 
-def component_densities(mix: SignedMixture, x, t) -> jax.Array:
-    """p_k N(x_t; (1 - t) m_k, (1 - t)^2 s_k^2 + t^2): (..., K), at x_t (...) and t (...)."""
+def log_densities(mix: SignedMixture, x, t) -> jax.Array:
+    """log of p_k N(x_t; (1 - t) m_k, (1 - t)^2 s_k^2 + t^2): (..., K), at x_t (...) and t (...)."""
     x, t = jnp.broadcast_arrays(jnp.asarray(x), jnp.asarray(t))
     x, t = x[..., None], t[..., None]
     mean = (1 - t) * jnp.array(mix.means)
     std = jnp.sqrt(((1 - t) * jnp.array(mix.stds)) ** 2 + t**2)
-    return jnp.array(mix.probs) * jax.scipy.stats.norm.pdf(x, mean, std)
+    return jnp.log(jnp.array(mix.probs)) + jax.scipy.stats.norm.logpdf(x, mean, std)
+
+
+def posterior(mix: SignedMixture, x, t) -> jax.Array:
+    """P(component k | x_t) (..., K), also where all densities are too small for float32."""
+    return jax.nn.softmax(log_densities(mix, x, t))
 
 
 def mean_weight(mix: SignedMixture, x, t) -> jax.Array:
     """E[w | x_t] (...); Case II is where it is not positive."""
-    density = component_densities(mix, x, t)
-    return jnp.sum(jnp.array(mix.weights) * density, axis=-1) / jnp.sum(density, axis=-1)
+    return jnp.sum(jnp.array(mix.weights) * posterior(mix, x, t), axis=-1)
 
 
 @partial(jax.jit, static_argnames="mix")
@@ -85,7 +89,7 @@ def closed_form_velocity(mix: SignedMixture, x, t) -> jax.Array:
 
     Given x_t and the component, x_0 and eps are Gaussian with the means x_0_hat and eps_hat.
     """
-    signed = jnp.array(mix.weights) * component_densities(mix, x, t)
+    signed = jnp.array(mix.weights) * posterior(mix, x, t)
     x, t = jnp.broadcast_arrays(jnp.asarray(x), jnp.asarray(t))
     x, t = x[..., None], t[..., None]
     means, stds = jnp.array(mix.means), jnp.array(mix.stds)
@@ -98,7 +102,7 @@ def closed_form_velocity(mix: SignedMixture, x, t) -> jax.Array:
 
 def target_density(mix: SignedMixture, x) -> np.ndarray:
     """w pi_old (...) at x (...), which may be negative."""
-    return np.asarray(component_densities(mix, x, 0.0)) @ np.array(mix.weights)
+    return np.exp(log_densities(mix, x, 0.0)) @ np.array(mix.weights)
 
 
 def draw_mixture(mix: SignedMixture, key, n: int) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +197,7 @@ def draw_densities(axes, name: str, result: Result, grid) -> None:
     label = "samples of closed form"
     axes.hist(exact, bins, density=True, histtype="step", color="C2", label=label)
     axes.plot(grid, target_density(result.mix, grid), "k", label="signed target $w\\,\\pi_{old}$")
-    old_density = component_densities(result.mix, grid, 0.0).sum(axis=-1)
+    old_density = jnp.exp(log_densities(result.mix, grid, 0.0)).sum(axis=-1)
     axes.plot(grid, old_density, "C0--", label="$\\pi_{old}$")
     axes.set(xlabel="action", ylabel="density", title=name, ylim=(-0.6, 2.3))
     shade_case_two(axes, grid, mean_weight(result.mix, grid, 0.0))

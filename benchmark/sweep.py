@@ -12,8 +12,9 @@ named after what it is,
     {script}__{env_id}__{seed}__{hash of the flags}/
 
 with runs/{run} (TensorBoard and checkpoints), log.txt and lock in it; `index.jsonl` beside it gets
-a line whenever a run starts or ends. A run is finished once its process exits with 0. A run that
-another version of its script has begun is refused: a sweep does not mix them.
+a line whenever a run starts or ends. A run is finished once its process exits with 0. An
+--output-path has the runs of one version of a script: another version is refused, and where a script
+is edited while the sweep trains, the runs that start after that fail.
 
 Started again, the same command skips finished runs, resumes the others from their newest
 checkpoint, and leaves failed ones (any other exit, as on divergence, which would happen again)
@@ -323,7 +324,7 @@ def training_env(cpus: float, gpus: float, started_in: str) -> dict[str, str]:
         share = 0.9 * min(gpus, 1)  # the rest is what CUDA takes besides
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"
     else:
-        env.setdefault("JAX_PLATFORMS", "cpu")
+        env["JAX_PLATFORMS"] = "cpu"
     return env
 
 
@@ -336,10 +337,13 @@ def describe_machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float, started_in: str) -> int | None:
+def train(
+    run: Run, folder: pathlib.Path, cpus: float, gpus: float, started_in: str, sha256: str
+) -> int | None:
     """Train `run` in `folder`, from its newest checkpoint if there is one; Popen's exit code.
 
     Runs in a Ray worker, whose working directory may be another one than the sweep's, `started_in`.
+    `sha256` is the script's when the sweep began; if it has another one now, the exit code is 1.
     Once the file `stop` lies beside `folder`, a new run does not begin (None), and one in progress
     is told to write a checkpoint and to end.
     """
@@ -349,6 +353,9 @@ def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float, started_in: 
         fcntl.flock(lock, fcntl.LOCK_EX)  # the training process inherits it: one trains in a folder
         if stop.exists():
             return None
+        if hash_source(run.script) != sha256:
+            log.write(f"{run.script} is not what it was when the sweep began: not started\n")
+            return 1
         resumed = newest_checkpoint(folder)
         if resumed:
             words = ["--resume", resumed]
@@ -441,9 +448,15 @@ class Sweep:
         self.runs = runs
         self.output = args.output_path.resolve()
         self.index = self.output / "index.jsonl"
+        self.hashes = {run.script: hash_source(run.script) for run in runs}
         earlier = read_index(self.index)
         for run in runs:
             self.require_same_script(run, earlier.get(run.folder, {}))
+        # Other seeds and flags of the same scripts, too: plot.py shows them side by side.
+        for run in {run.path: run for run in runs}.values():
+            for entry in earlier.values():
+                if entry.get("path") == run.path:
+                    self.require_same_script(run, entry)
         self.stop = self.output / "stop"
         self.stop.unlink(missing_ok=True)
         self.commit = describe_commit()
@@ -463,7 +476,7 @@ class Sweep:
             self.states[run] = state if state in ended else "waiting"
 
     def require_same_script(self, run: Run, entry: dict) -> None:
-        """Exit with one line if another script began the run; `entry` is its newest of the index.
+        """Exit with one line if another script than `run`'s began that of `entry`, of the index.
 
         One that an older version of this file wrote has neither path nor hash: it is accepted.
         """
@@ -471,15 +484,15 @@ class Sweep:
         sha256 = entry.get("sha256")
         if not path or not sha256:
             return
-        if path == run.path and sha256 == hash_source(run.script):
+        if path == run.path and sha256 == self.hashes[run.script]:
             return
-        begins_anew = newest_checkpoint(self.output / run.folder) is None
+        begins_anew = newest_checkpoint(self.output / entry["folder"]) is None
         if entry["state"] == "failed" and begins_anew:  # its script may have been mended
             return
         script = f"{path} of commit {entry['commit']}"
         change = "has changed since" if path == run.path else f"is not {run.path}"
         cure = "give another --output-path, so that no results are mixed"
-        raise SystemExit(f"{run.folder} was begun with {script}, which {change}: {cure}")
+        raise SystemExit(f"{entry['folder']} was begun with {script}, which {change}: {cure}")
 
     def label(self, run: Run) -> str:
         """What a run is, with the flags that not all runs have."""
@@ -500,7 +513,7 @@ class Sweep:
         now = time.time()
         if state == "running":
             self.start_times[run] = now
-            self.sources[run] = hash_source(run.script)
+            self.sources[run] = self.hashes[run.script]
         seconds = now - self.start_times.get(run, now)
         folders = (self.output / run.folder / "runs").glob("*")
         entry = {
@@ -560,7 +573,8 @@ class Sweep:
         # Ray's own retries are off: `settle` decides, since it sees exit codes as well.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(train)
         self.log_sizes[run] = self.log_size(run)
-        ref = task.remote(run, self.output / run.folder, cpus, gpus, os.getcwd())
+        sha256 = self.hashes[run.script]
+        ref = task.remote(run, self.output / run.folder, cpus, gpus, os.getcwd(), sha256)
         self.refs[ref] = run
 
     def exit_code(self, ray, ref) -> int | None:
@@ -609,12 +623,19 @@ class Sweep:
             raise
 
     def stop_all(self, ray) -> None:
-        """Tell all runs to stop, and wait for them as long as Ray's node lives."""
+        """Tell all runs to stop, and wait for them as long as Ray's node lives.
+
+        Those that finish all the same are noted as finished.
+        """
         self.stop.touch()
         end = time.monotonic() + STOP_SECONDS + 30
         refs = list(self.refs)
-        while refs and not has_died(ray) and time.monotonic() < end:
-            _, refs = ray.wait(refs, timeout=1)
+        with contextlib.suppress(NodeDied):
+            while refs and not has_died(ray) and time.monotonic() < end:
+                ended, refs = ray.wait(refs, timeout=1)
+                for ref in ended:
+                    if self.exit_code(ray, ref) == 0:
+                        self.note(self.refs[ref], "finished", 0)
 
     def note_running(self, state: str) -> None:
         """Note the runs that are running as lost or stopped."""

@@ -264,6 +264,9 @@ def main(args: Args, words: list[str]) -> None:
         raise SystemExit(f"--script must be {allowed}, or a path of one, got {args.script}")
     script = load_script(path)
     script_args = tyro.cli(script.Args, args=words)
+    for flag in ("resume", "track", "capture_video"):
+        if getattr(script_args, flag):
+            raise SystemExit(f"--{flag.replace('_', '-')} must be left out: it is not measured")
     figures = measure(script, script_args, args.repeats, args.seconds)
     if args.json:
         print(json.dumps(figures))

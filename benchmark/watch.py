@@ -166,6 +166,16 @@ def make_rendered(script: ModuleType, env_id: str, args: Args) -> gym.Env:
     return env
 
 
+def steps_per_second(env: gym.Env) -> float:
+    """How many steps of an environment are a second of its own time."""
+    rate = env.metadata.get("render_fps", 30)
+    unwrapped = env.unwrapped
+    is_shimmy = type(unwrapped).__module__.startswith("shimmy.dm_control")
+    if is_shimmy and rate == unwrapped.metadata["render_fps"]:
+        return 1 / unwrapped.dt  # shimmy's own number is the duration of a step in milliseconds
+    return rate
+
+
 def play(saved: Saved, args: Args) -> tuple[list[Watched], float]:
     """The episodes, played, and the frames a second of the first."""
     script, run_args, agent, step = saved
@@ -177,7 +187,7 @@ def play(saved: Saved, args: Args) -> tuple[list[Watched], float]:
     script.choose_renderer(replace(run_args, capture_video=is_drawn))
     episodes = args.episodes or run_args.eval_episodes
     envs = [Watched(script.make_env(run_args.env_id)) for _ in range(episodes)]
-    rate = envs[0].metadata.get("render_fps", 30)  # steps a second
+    rate = steps_per_second(envs[0])
     skip = args.skip or math.ceil(rate / 30)
     if args.output is not None and args.output.suffix == ".gif":
         # Viewers slow down a GIF of more than 50 frames a second.
@@ -223,13 +233,27 @@ def write_gif(path: pathlib.Path, images: list[Image.Image], rate: float, colors
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def main(args: Args) -> None:
-    """Load, play, print and show."""
-    check_args(args)
-    files = [find_file(path) for path in args.paths]
+def find_newest(paths: tuple[pathlib.Path, ...]) -> pathlib.Path:
+    """Of several files and runs' folders the newest file; folders without an agent are left out."""
+    files = []
+    for path in paths:
+        try:
+            files.append(find_file(path))
+        except SystemExit:  # such as runs/cache among runs/*
+            if len(paths) == 1:
+                raise
+    if not files:
+        raise SystemExit(f"none of {len(paths)} paths holds a checkpoint or a saved model")
     newest = max(files, key=lambda file: file.stat().st_mtime if file.exists() else 0)
     if len(files) > 1:
         print(f"of {len(files)} the newest: {newest}")
+    return newest
+
+
+def main(args: Args) -> None:
+    """Load, play, print and show."""
+    check_args(args)
+    newest = find_newest(args.paths)
     saved = load(newest)
     if args.output is None and not has_display():
         print("no display: --output film.gif shows the first episode")

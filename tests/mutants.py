@@ -397,7 +397,8 @@ noise = f"{SCRIPTS} test_evaluation_acts_outside_of_training_with_new_noise_at_e
 endless = f"{SCRIPTS} test_an_endless_episode_is_cut_and_counts_as_far_as_it_went"
 stops = f"{SCRIPTS} test_a_signal_ends_an_evaluation_without_scores"
 apart = f"{SCRIPTS} test_every_evaluation_of_a_run_and_every_run_has_seeds_of_its_own"
-shared(whole, "episodes_from_one_seed", "(seed + i) % 2**32", "seed % 2**32")
+drawn = "np.random.SeedSequence(seed).generate_state(count).tolist()"
+shared(whole, "episodes_from_one_seed", drawn, "[seed % 2**32] * count")
 shared(whole, "reset_unseeded", "env.reset(seed=own_seed)", "env.reset()")
 shared(whole, "truncations_do_not_end", "if terminated or truncated:", "if terminated:")
 shared(whole, "last_reward_for_return", "returns[i] += reward", "returns[i] = reward")
@@ -437,7 +438,7 @@ shared(episodes, "episodes_logged_at_one_step", "run.log(before + i + 1,", "run.
 repeats = f"{LEARNING} test_random_steps_repeat_with_the_seed_and_differ_between_seeds"
 seeded = "    envs.action_space.seed(args.seed)\n"
 shared(repeats, "random_actions_unseeded", seeded, "")
-first_seeds = "test_the_environments_of_a_run_are_reset_with_its_seed_and_the_next_ones"
+first_seeds = "test_the_environments_of_a_run_are_reset_with_seeds_drawn_from_its_own"
 first_reset = "envs.reset(seed=episode_seeds(args.seed, args.num_envs))"
 shared(f"{LEARNING} {first_seeds}", "run_unseeded", first_reset, "envs.reset()")
 networks = f"{LEARNING} test_agents_of_different_seeds_start_from_different_networks"
@@ -483,8 +484,9 @@ shared(
     uneven, "infos_as_they_are", "return EpisodeInfo(make_env(env_id))", "return make_env(env_id)"
 )
 shared(uneven, "charts_of_one_type", "float(value) for name, value", "value for name, value")
-below = f"{SCRIPTS} test_seeds_of_several_environments_stay_below_2_to_the_32"
-shared(below, "seed_too_great", "(seed + i) % 2**32 for", "seed + i for")
+below = f"{SCRIPTS} test_seeds_of_episodes_repeat_and_runs_of_neighbouring_seeds_share_none"
+shared(below, "seeds_shared", drawn, "[(seed + i) % 2**32 for i in range(count)]")
+shared(below, "seed_too_great", drawn, "[2**32 * seed + i for i in range(count)]")
 other = f"{CHECKPOINTS} test_other_scripts_sizes_flags_and_missing_folders_are_refused"
 shared(other, "other_script_accepted", 'if content["script"] != Args.exp_name:', "if False:")
 flipped = f"{CHECKPOINTS} test_a_flipped_bit_is_noticed_in_any_place"

@@ -239,6 +239,20 @@ def test_the_closed_form(mix):
     assert (weights[regular] < 0).any() == (mix is CASE_2)
 
 
+def test_the_closed_form_holds_where_all_densities_are_too_small_for_float32():
+    """A sample that a pole has thrown far away must come back, not become NaN."""
+    x, t = jnp.array([-40.0, 40.0, 1e4]), jnp.full(3, 0.2)
+    # The first and last component of Case II have the larger deviation: far out they are alone.
+    expected = [1.45, 1.8, 1.8]
+    np.testing.assert_allclose(signed_measures.mean_weight(CASE_2, x, t), expected, rtol=1e-5)
+    variance = (0.8 * 0.2) ** 2 + 0.2**2
+    mean = np.array([-0.7, 0.7, 0.7])
+    residual = np.asarray(x) - 0.8 * mean
+    field = 0.2 / variance * residual - (mean + 0.8 * 0.2**2 / variance * residual)
+    ours = signed_measures.closed_form_velocity(CASE_2, x, t)
+    np.testing.assert_allclose(ours, field, rtol=1e-4)
+
+
 def test_the_closed_form_is_where_the_gradient_vanishes():
     """The loss with signed weights is stationary there, and not beside it."""
     x_0, weights = signed_measures.draw_mixture(CASE_1, jax.random.key(0), 200_000)

@@ -526,6 +526,49 @@ def test_the_version_of_a_run_is_that_of_its_start(begun):
     assert sweep.Sweep(args, [run]).states[run] == "finished"
 
 
+def test_another_version_is_refused_for_new_seeds_too(begun):
+    """plot.py would take the mean of both."""
+    args, run, note = begun
+    note("running", "finished")
+    (other_seed,) = sweep.list_runs(replace(args, seeds=(2,)), [])
+    sweep.Sweep(args, [other_seed])
+    with open(run.script, "a") as file:
+        file.write("# edited\n")
+    with pytest.raises(SystemExit, match=REFUSED):
+        sweep.Sweep(args, [other_seed])
+
+
+def test_a_script_that_was_edited_while_the_sweep_trains_is_not_started(begun, tmp_path):
+    args, run, note = begun
+    ray = FakeRay()
+    sweep.Sweep(args, [run]).submit(ray, run)
+    (call,) = ray.calls
+    assert call["sha256"] == sweep.hash_source(run.script)
+    with open(run.script, "a") as file:
+        file.write("# edited\n")
+    folder = args.output_path / run.folder
+    assert sweep.train(run, folder, 1, 0, str(tmp_path), call["sha256"]) == 1
+    assert (folder / "log.txt").read_text().endswith("when the sweep began: not started\n")
+    assert not (folder / "runs").exists()
+
+
+def test_a_run_that_finishes_while_the_sweep_stops_is_finished(begun, monkeypatch):
+    """Noted as stopped, it would be trained again."""
+    args, run, note = begun
+    whole = sweep.Sweep(args, [run])
+    whole.refs = {"ref": run}
+    whole.note(run, "running")
+    monkeypatch.setattr(sweep, "has_died", lambda ray: False)
+    errors = SimpleNamespace(LocalRayletDiedError=OSError, RayTaskError=OSError, RayError=OSError)
+    ray = SimpleNamespace(
+        wait=lambda refs, timeout: (refs, []), get=lambda ref: 0, exceptions=errors
+    )
+    whole.stop_all(ray)
+    whole.note_running("stopped")
+    assert whole.states[run] == "finished"
+    assert sweep.read_index(whole.index)[run.folder]["state"] == "finished"
+
+
 def test_a_mended_script_tries_a_failed_run_again_unless_it_left_a_checkpoint(begun):
     args, run, note = begun
     note("running", "failed")
@@ -1105,6 +1148,8 @@ def test_a_short_run_is_as_long_as_asked_for_and_as_its_log_of_the_speed_needs(n
         (dict(script="dna_finetune"), [], "--script must be .*got dna_finetune"),
         (dict(repeats=0), [], "--repeats must be a whole number, at least 1, got 0"),
         (dict(seconds=0.0), [], "--seconds must be a finite number above 0, got 0"),
+        ({}, ["--resume", "runs/a"], "--resume must be left out: it is not measured"),
+        ({}, ["--capture-video"], "--capture-video must be left out: it is not measured"),
         ({}, ["--gamma", "2"], "--gamma must be a number from 0 to 1, got 2"),
     ],
 )
@@ -1267,6 +1312,32 @@ def test_seed_of_a_saved_model_and_frames_of_a_gif(monkeypatch, output, skip, ex
     assert rate == 125 / expected
 
 
+def test_of_several_paths_those_without_an_agent_are_left_out(tmp_path, capsys):
+    """runs/* has runs/cache, and runs that ended before their first checkpoint."""
+    (tmp_path / "cache").mkdir()
+    files = [tmp_path / "old.model", tmp_path / "new.model"]
+    for i, file in enumerate(files):
+        file.write_text("")
+        os.utime(file, (i, i))
+    assert watch.find_newest((tmp_path / "cache", *files)) == files[1]
+    assert watch.find_newest((tmp_path / "cache", files[0])) == files[0]
+    with pytest.raises(SystemExit, match="none of 2 paths holds a checkpoint or a saved model"):
+        watch.find_newest((tmp_path / "cache", tmp_path / "cache"))
+    with pytest.raises(SystemExit, match="cache holds no checkpoint and no saved model"):
+        watch.find_newest((tmp_path / "cache",))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_films_of_dm_control_run_at_its_own_speed():
+    """Of shimmy's environments the metadata have milliseconds a step; others have steps a second."""
+    pytest.importorskip("shimmy")
+    plain = gempo_linear.make_env("shimmy:dm_control/walker-walk-v0")  # a step takes 25 ms
+    assert watch.steps_per_second(plain) == pytest.approx(40)
+    assert watch.steps_per_second(gym.make("Hopper-v5")) == 125
+    landscape = gempo_linear.make_env("benchmark.reward_landscapes:cheetah-run-linear-v0")
+    assert watch.steps_per_second(landscape) == landscape.metadata["render_fps"] < 100
+
+
 class FixedConstructor(gym.Wrapper):
     """A MuJoCo environment of one's own that takes a render_mode and no size."""
 
@@ -1389,6 +1460,30 @@ def test_the_dna_table_has_the_means_of_the_last_20_updates_of_runs_that_learned
     assert smc.endswith("| 4.00 |  |  |")
     dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
     assert capsys.readouterr().out == table
+
+
+def test_an_old_csv_goes_with_the_folders_of_its_runs_and_gets_their_new_columns(tmp_path, capsys):
+    run = write_dna_run(tmp_path / "run", 1.0)
+    dna_table.main(dna_table.Args((run,)))
+    table = capsys.readouterr().out
+    whole = dna_table.read_rows((run,))
+    old = tmp_path / "old.csv"
+    dna_table.write_csv(old, [{k: v for k, v in row.items() if "last" not in k} for row in whole])
+    for paths in ((old, run), (run, old)):
+        dna_table.main(dna_table.Args(paths))
+        assert capsys.readouterr().out == table
+
+
+def test_presets_are_no_flags_of_their_own_and_a_cut_csv_ends_in_one_line(tmp_path, capsys):
+    hour = write_dna_run(tmp_path / "hour", 1.0, preset="hour", sample_steps=128)
+    small = write_dna_run(tmp_path / "small", 3.0, seed=2, preset="small", sample_steps=128)
+    dna_table.main(dna_table.Args((hour, small), to_csv=tmp_path / "dna.csv"))
+    assert "| neg(-0.3) | 2 | 2.00 ± 1.00 |" in capsys.readouterr().out
+    text = (tmp_path / "dna.csv").read_text()
+    (tmp_path / "dna.csv").write_text(text[: text.rindex("3.0")])
+    with pytest.raises(SystemExit) as stop:
+        dna_table.main(dna_table.Args((tmp_path / "dna.csv",)))
+    assert stop.value.code.startswith(f"{tmp_path}/dna.csv: ") and "\n" not in stop.value.code
 
 
 def test_the_csv_of_the_dna_table_gets_a_folder_or_ends_in_one_line(tmp_path, capsys):

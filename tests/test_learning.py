@@ -496,7 +496,7 @@ def test_random_steps_repeat_with_the_seed_and_differ_between_seeds(recorded_run
     assert actions[0] == actions[1] != actions[2]
 
 
-def test_the_environments_of_a_run_are_reset_with_its_seed_and_the_next_ones(monkeypatch):
+def test_the_environments_of_a_run_are_reset_with_seeds_drawn_from_its_own(monkeypatch):
     seeds, reset = [], probe_envs.Probe.reset
 
     def record(env, *, seed=None, options=None):
@@ -506,7 +506,7 @@ def test_the_environments_of_a_run_are_reset_with_its_seed_and_the_next_ones(mon
     monkeypatch.setattr(probe_envs.Probe, "reset", record)
     flags = dict(seed=5, num_envs=3, hidden_dim=32, buffer_size=10)
     gempo.create_state(gempo.Args(env_id="ConstantReward-v0", **flags))
-    assert seeds == [5, 6, 7]
+    assert seeds == gempo.episode_seeds(5, 3)
 
 
 def test_agents_of_different_seeds_start_from_different_networks():
