@@ -397,8 +397,6 @@ noise = f"{SCRIPTS} test_evaluation_acts_outside_of_training_with_new_noise_at_e
 endless = f"{SCRIPTS} test_an_endless_episode_is_cut_and_counts_as_far_as_it_went"
 stops = f"{SCRIPTS} test_a_signal_ends_an_evaluation_without_scores"
 apart = f"{SCRIPTS} test_every_evaluation_of_a_run_and_every_run_has_seeds_of_its_own"
-drawn = "np.random.SeedSequence(seed).generate_state(count).tolist()"
-shared(whole, "episodes_from_one_seed", drawn, "[seed % 2**32] * count")
 shared(whole, "reset_unseeded", "env.reset(seed=own_seed)", "env.reset()")
 shared(whole, "truncations_do_not_end", "if terminated or truncated:", "if terminated:")
 shared(whole, "last_reward_for_return", "returns[i] += reward", "returns[i] = reward")
@@ -485,7 +483,14 @@ shared(
 )
 shared(uneven, "charts_of_one_type", "float(value) for name, value", "value for name, value")
 below = f"{SCRIPTS} test_seeds_of_episodes_repeat_and_runs_of_neighbouring_seeds_share_none"
+drawn = "np.random.SeedSequence(seed).generate_state(count).tolist()"
+shared(below, "episodes_from_one_seed", drawn, "[seed % 2**32] * count")
 shared(below, "seeds_shared", drawn, "[(seed + i) % 2**32 for i in range(count)]")
+resumed_speed = (
+    f"{SCRIPTS} test_the_speed_of_a_resumed_run_leaves_out_its_first_rounds_which_compile"
+)
+first_rounds = "max(self.args.learning_starts, self.first_step)"
+shared(resumed_speed, "compiling_counts_as_speed", first_rounds, "self.args.learning_starts")
 shared(below, "seed_too_great", drawn, "[2**32 * seed + i for i in range(count)]")
 other = f"{CHECKPOINTS} test_other_scripts_sizes_flags_and_missing_folders_are_refused"
 shared(other, "other_script_accepted", 'if content["script"] != Args.exp_name:', "if False:")

@@ -934,6 +934,15 @@ def test_a_long_run_without_an_accelerator_is_announced_once(run_folder, capsys)
     assert "about 1250 hours" in line and "README" in line  # 5,000,000 steps of 0.9 s
 
 
+def test_the_speed_of_a_resumed_run_leaves_out_its_first_rounds_which_compile(run_folder):
+    run_folder.first_step = 1_000_000  # long after learning began
+    for step in (1_000_002, 1_000_004):
+        run_folder.show_progress(step)
+        assert run_folder.speed() == {}
+    run_folder.show_progress(1_000_006)
+    assert len(run_folder.durations) == 1
+
+
 def test_a_resumed_run_is_not_judged_by_its_first_step_which_compiles(run_folder, capsys):
     capsys.readouterr()
     run_folder.step_time -= 100.0  # the first step since a resume, long after learning began
