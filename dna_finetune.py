@@ -6,15 +6,16 @@
 
 Paper: "GeMPO: Generalized Measure Matching for Online Diffusion Reinforcement Learning", Ma, Gao,
 Chen, Li and Dai, 2026, arXiv 2603.10250, section 5.3. An update (`finetune`) draws groups of n
-sequences from the current model, values them by an oracle, r = oracle(x), and descends, averaged
-over the groups and divided by the number of letters,
+sequences from the current model, values them by an oracle, r = oracle(x), and takes one step of Adam
+down the gradient of
 
     sum_b w_b loss(x_b),   loss(x) = E_t 1/t sum_{i masked} -log p(x_i | x_t)
 
-This is equation 8 with the loss of masked diffusion in the place of the squared error. x_b is one of
-the n sequences, w_b its weight, which rises with r_b inside a group: exp; linear and square, which
-are 0 for the worse ones; neg, which is linear with a floor ell <= 0, so that the model is pushed away
-from bad sequences; or wd1 (Tang et al. 2025), a baseline.
+averaged over the groups and divided by the number of letters. This is equation 8 with the loss of
+masked diffusion in the place of the squared error. x_b is one of the n sequences of a group, w_b its
+weight, which rises with r_b: exp; linear and square, which are 0 for the worse ones; neg, which is
+linear with a floor ell <= 0, so that the model is pushed away from bad sequences; or wd1 (Tang et al.
+2025), a baseline.
 
 Before that, `prepare` trains two oracles of the activity of DNA, and pretrains the denoiser on the
 same sequences. Each oracle learns from one half of the data: one is the reward, the other one only
@@ -33,8 +34,8 @@ Usage: `python dna_finetune.py --weighting neg --ell -0.3`, or `--help`. Your ow
 A run that was stopped
 - while it trained the oracles or the denoiser: give its command again. The models that were done
   are in the cache; the one that was in training begins anew
-- before the first checkpoint of the fine-tuning (one every --checkpoint-frequency updates): likewise,
-  and the new run has a new folder
+- before the first checkpoint of the fine-tuning (one every --checkpoint-frequency updates and one
+  after the last): likewise, and the new run has a new folder
 - after that, also in the evaluation: `--resume runs/{run}`, with the folder that was printed when the
   fine-tuning began, goes on from the last checkpoint. It ends bitwise as if it had never stopped, on
   the same machine with as many threads, as long as this file (the reward!) and the files that its
@@ -82,7 +83,7 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Args:
     exp_name: str = "dna_finetune"  # name of this experiment
-    seed: int = 1  # seed of fine-tuning and evaluation; a run repeats exactly on the same machine
+    seed: int = 1  # seed of fine-tuning and evaluation; on a CPU a run repeats exactly
     data_seed: int = 0  # seed of generated data, of the data's halves, of pretraining and oracles
     preset: Literal["small", "hour", "paper"] = "small"  # sizes; other flags override a preset's
     resume: str | None = None  # runs/{run} to go on from, with its flags; call where it was started
@@ -655,12 +656,12 @@ def checked_reward(tokens, setup: Setup) -> jax.Array:
 # --target-kl (Appendix F). With 1.5 nats they are as far from uniform as equal weights on e^-1.5,
 # 22%, of the group and 0 on all others.
 #
-# ell bounds a weight from below, in other units in each. In zscore it is in standard deviations of
-# the reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the lowest is -1.1
-# mean weights. In simplex it is in mean weights, 1/n, as in the RL scripts: at -0.3 the lowest is
-# -0.3 of them, so zscore's -0.3 is as low as simplex's -1.1. 0 is linear. The default, -0.3
-# (zscore), is the best in the paper; in our smaller runs of -0.05 to -0.5 it was -0.5 (zscore;
-# benchmark/DNA.md).
+# ell bounds a weight from below. Its unit depends on the normalizer. In zscore it is in standard
+# deviations of the reward: for normal rewards and ell = -0.3 the mean weight is 0.27, so that the
+# lowest is -1.1 mean weights. In simplex it is in mean weights, 1/n, as in the RL scripts: at -0.3 the
+# lowest is -0.3 of them. So the same number is a milder floor in simplex, where -1.1 is as low as
+# zscore's -0.3. In both, ell = 0 gives linear. The default, -0.3 (zscore), is the best in the paper;
+# in our smaller runs of -0.05 to -0.5 it was -0.5 (zscore; benchmark/DNA.md).
 #
 # A negative weight pushes the model away from a sequence: its denoising loss is raised. The weighted
 # loss then has no lower bound, and no KL term holds the model near the pretrained one; what
@@ -898,7 +899,8 @@ def finetune(args: Args, setup: Setup, state: State, run: "RunFolder") -> Model:
             metrics["charts/true_activity"] = jnp.median(true_activity(tokens))
         run.log(state.update, metrics)
         bar.set_postfix({"reward": f"{metrics['charts/reward']:.2f}"}, refresh=False)
-        if state.update % args.checkpoint_frequency == 0:
+        is_last = state.update == args.num_updates
+        if is_last or state.update % args.checkpoint_frequency == 0:
             run.save(state)
     return state.denoiser
 
@@ -1033,7 +1035,7 @@ WEAK_SITE = 0.3  # strength of a site with one letter wrong
 # median, 99% and 99.9% quantiles, 0.1, 4.9 and 6.1, are near those of the paper's data (.2, 4.6,
 # 6.2).
 SILENT, RISE, HALF_SATURATION, POWER = -1.0, 12.8, 6.5, 2.37
-SITE_SATURATION = 1.5  # how fast further sites of a motif stop to count
+SITE_SATURATION = 1.5  # how fast further sites of a motif stop counting
 MEASUREMENT_STD = 0.3
 
 
@@ -1125,8 +1127,8 @@ def main(args: Args) -> dict:
     run = RunFolder(args, args.weighting, state.update)
     before = draw_samples(setup.denoiser, args)  # from the same random numbers as those after
     denoiser = finetune(args, setup, state, run)
-    after = draw_samples(denoiser, args)
     write_pickle(run.path / "finetuned.model", denoiser.params)
+    after = draw_samples(denoiser, args)
     return report(run.path, before, after, setup, args)
 
 
@@ -1266,7 +1268,7 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        print("\nstopped; if the run's folder has a file `checkpoint`, --resume FOLDER goes on")
+        print("\nstopped; --resume goes on if the run's folder has a file `checkpoint`")
         sys.stdout.flush()
         os._exit(130)  # JAX, interrupted in a call, often crashes while Python closes down
     except OSError as error:  # a folder that cannot be written, or a full disk

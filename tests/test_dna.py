@@ -858,6 +858,22 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(inside, monkeypatch):
     assert read_scalars(run) == read_scalars(expected)
 
 
+def test_a_run_that_is_stopped_in_its_evaluation_goes_on_with_it(inside, monkeypatch):
+    """With fewer updates than --checkpoint-frequency, too."""
+    args = dna.Args(**TINY, exp_name="evaluated", normalizer="simplex")
+    assert args.num_updates < args.checkpoint_frequency
+    interrupt_after(monkeypatch, args.num_updates + 1, KeyboardInterrupt)  # one is a trial
+    with pytest.raises(KeyboardInterrupt):
+        dna.main(args)
+    monkeypatch.undo()
+    monkeypatch.chdir(inside)
+    run = find_run(inside, "evaluated")
+    assert (run / "finetuned.model").exists() and not (run / "metrics.json").exists()
+    dna.main(dna.Args(resume=str(run)))
+    expected = find_run(inside, "whole")
+    assert (run / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
+
+
 def test_what_cannot_be_resumed_ends_in_one_line(inside):
     run = find_run(inside, "whole")
 
