@@ -45,6 +45,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import tyro
 
@@ -56,6 +57,8 @@ POLL_SECONDS = 0.2  # how often a process is looked at
 STOP_SECONDS = 120  # how long a process may take to stop
 REPORT_SECONDS = 120  # how often the running runs' last lines are printed
 MAX_RESTARTS = 20  # how often a lost run is started again before it counts as failed
+# Environment variables that the runs get on every machine of a cluster, by how they begin.
+TOLD_VARIABLES = ("JAX_", "XLA_", "MUJOCO_", "WANDB_", "PYTHONPATH")
 FAILED_LINES = 5  # lines of a failed run's log that are printed at the end
 
 
@@ -310,12 +313,20 @@ def newest_checkpoint(folder: pathlib.Path) -> str | None:
     return str(newest.parents[1].relative_to(folder))
 
 
-def training_env(cpus: float, gpus: float, started_in: str) -> dict[str, str]:
+class Origin(NamedTuple):
+    """Of the sweep, what a Ray worker on another machine does not know."""
+
+    folder: str  # where it was started
+    variables: dict[str, str]  # those environment variables that concern the runs
+    sha256: str  # of the run's script
+
+
+def training_env(cpus: float, gpus: float, origin: Origin) -> dict[str, str]:
     """Environment variables of a run: runs side by side share the machine, not their threads."""
-    env = dict(os.environ)
+    env = os.environ | origin.variables
     env["PYTHONUNBUFFERED"] = "1"
     # An environment's id may name a module here, or in the folder where the sweep was started.
-    paths = [str(ROOT), started_in, env.get("PYTHONPATH", "")]
+    paths = [str(ROOT), origin.folder, env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     threads = str(max(1, int(cpus)))
     env["OMP_NUM_THREADS"] = threads
@@ -337,13 +348,10 @@ def describe_machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def train(
-    run: Run, folder: pathlib.Path, cpus: float, gpus: float, started_in: str, sha256: str
-) -> int | None:
+def train(run: Run, folder: pathlib.Path, cpus: float, gpus: float, origin: Origin) -> int | None:
     """Train `run` in `folder`, from its newest checkpoint if there is one; Popen's exit code.
 
-    Runs in a Ray worker, whose working directory may be another one than the sweep's, `started_in`.
-    `sha256` is the script's when the sweep began; if it has another one now, the exit code is 1.
+    Runs in a Ray worker. If the script is not what it was when the sweep began, the exit code is 1.
     Once the file `stop` lies beside `folder`, a new run does not begin (None), and one in progress
     is told to write a checkpoint and to end.
     """
@@ -353,7 +361,7 @@ def train(
         fcntl.flock(lock, fcntl.LOCK_EX)  # the training process inherits it: one trains in a folder
         if stop.exists():
             return None
-        if hash_source(run.script) != sha256:
+        if hash_source(run.script) != origin.sha256:
             log.write(f"{run.script} is not what it was when the sweep began: not started\n")
             return 1
         resumed = newest_checkpoint(folder)
@@ -369,7 +377,7 @@ def train(
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(os.getpid()), run.script, *words],
             cwd=folder,
-            env=training_env(cpus, gpus, started_in),
+            env=training_env(cpus, gpus, origin),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -573,8 +581,9 @@ class Sweep:
         # Ray's own retries are off: `settle` decides, since it sees exit codes as well.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(train)
         self.log_sizes[run] = self.log_size(run)
-        sha256 = self.hashes[run.script]
-        ref = task.remote(run, self.output / run.folder, cpus, gpus, os.getcwd(), sha256)
+        variables = {name: x for name, x in os.environ.items() if name.startswith(TOLD_VARIABLES)}
+        origin = Origin(os.getcwd(), variables, self.hashes[run.script])
+        ref = task.remote(run, self.output / run.folder, cpus, gpus, origin)
         self.refs[ref] = run
 
     def exit_code(self, ray, ref) -> int | None:

@@ -432,13 +432,16 @@ def test_two_sweeps_cannot_share_a_folder(tmp_path):
 
 def test_a_run_gets_its_share_of_threads_and_of_the_gpus_memory(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    env = sweep.training_env(cpus=2.0, gpus=0.25, started_in="/somewhere")
+    origin = sweep.Origin("/somewhere", {"XLA_FLAGS": "--of_the_sweep"}, "")
+    env = sweep.training_env(cpus=2.0, gpus=0.25, origin=origin)
+    assert env["XLA_FLAGS"] == "--of_the_sweep"
     assert (env["PJRT_NPROC"], env["OMP_NUM_THREADS"]) == ("2", "2")
     assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.225"
     assert "JAX_PLATFORMS" not in env
     paths = env["PYTHONPATH"].split(os.pathsep)
     assert paths[:2] == [str(ROOT), "/somewhere"]
-    env = sweep.training_env(cpus=0.5, gpus=0, started_in="/somewhere")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    env = sweep.training_env(cpus=0.5, gpus=0, origin=origin)
     assert (env["PJRT_NPROC"], env["JAX_PLATFORMS"]) == ("1", "cpu")
 
 
@@ -464,10 +467,13 @@ def test_a_run_is_told_where_the_sweep_was_started(fakes, tmp_path, monkeypatch)
     args = sweep.Args(scripts=(fakes[0],), env_ids=("E",), seeds=(1,), output_path=tmp_path)
     runs = sweep.list_runs(args, [])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_THREEFRY_PARTITIONABLE", "0")
     ray = FakeRay()
     sweep.Sweep(args, runs).submit(ray, runs[0])
     (call,) = ray.calls
-    assert call["started_in"] == str(tmp_path)
+    assert call["origin"].folder == str(tmp_path)
+    assert call["origin"].variables["JAX_THREEFRY_PARTITIONABLE"] == "0"
+    assert "HOME" not in call["origin"].variables
 
 
 @pytest.fixture
@@ -543,11 +549,11 @@ def test_a_script_that_was_edited_while_the_sweep_trains_is_not_started(begun, t
     ray = FakeRay()
     sweep.Sweep(args, [run]).submit(ray, run)
     (call,) = ray.calls
-    assert call["sha256"] == sweep.hash_source(run.script)
+    assert call["origin"].sha256 == sweep.hash_source(run.script)
     with open(run.script, "a") as file:
         file.write("# edited\n")
     folder = args.output_path / run.folder
-    assert sweep.train(run, folder, 1, 0, str(tmp_path), call["sha256"]) == 1
+    assert sweep.train(run, folder, 1, 0, call["origin"]) == 1
     assert (folder / "log.txt").read_text().endswith("when the sweep began: not started\n")
     assert not (folder / "runs").exists()
 
