@@ -106,6 +106,8 @@ def read_path(path: pathlib.Path) -> list[dict]:
     else:
         rows = read_run(path)
     for row in rows:
+        if None in row.values():  # what csv gives for fields that are not there
+            raise ValueError(f"the line of {row['name']} is cut off")
         row["seed"] = int(row["seed"])
         for column in COLUMNS:
             if row.get(column) == "":
@@ -146,7 +148,7 @@ def read_rows(paths: tuple[pathlib.Path, ...]) -> list[dict]:
                     run = f"{row['name']}, seed {row['seed']},"
                     raise ValueError(f"another run of {run} has other metrics")
                 rows[row["name"], row["seed"]] = row | other  # one of them may have more columns
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
     if not rows:
         what = "no finished run is among the paths"
