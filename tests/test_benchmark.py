@@ -1528,7 +1528,7 @@ def test_the_dna_table_of_data_without_a_truth_comes_from_its_csv_too(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics", "metrics_simplex", "metrics_pretrain_2000", "metrics_9cab2ff"]
+    "name", ["metrics", "metrics_second", "metrics_pretrain_2000", "metrics_9cab2ff"]
 )
 def test_the_committed_dna_results_make_the_tables_of_the_document(name, capsys):
     dna_table.main(dna_table.Args((ROOT / f"benchmark/results/dna/{name}.csv",)))
