@@ -473,8 +473,8 @@ def sample_actions(actor: Actor, params, obs, key, num_samples: int, num_steps: 
 # To add a weighting, replace the functions of this section: return weights (..., N) that sum to one
 # over the particles (some may be negative) and become uniform as temp rises, and shift q by its
 # maximum first. They need no stop_gradient: the loss takes them as constants. A number of its own is
-# one more field of Hyperparameters and a line in check_args; a new name is the default of exp_name, by which
-# saved agents are told apart.
+# one more field of Hyperparameters and a line in check_args; a new name is the default of exp_name,
+# by which saved agents are told apart.
 #
 # Linear weights with a floor b = ell / N. Sort q in descending order, x_1 >= x_2 >= ..., with prefix
 # sums S_k. If the first k particles are active (above the floor), sum_{i<=k} (x_i - nu) / temp +
