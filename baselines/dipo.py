@@ -26,8 +26,8 @@ Settings: the authors' code (github.com/BellmanTimeHut/DIPO), with the siblings'
 and protocol. There: critics 3x256 Mish, episodes cut by a time limit that count as terminated, and
 critics that step before b climbs them; here all losses and b are computed at the parameters before
 the update. And there b is never kept: it is written to a copy of the buffer's rows, so that each
-climb starts from the action played. Here climbs add up, as that code means to. The limit of the gradient's norm in the climb is almost without effect, since Adam divides the scale
-out again.
+climb starts from the action played. Here climbs add up, as that code means to. The limit of the
+gradient's norm in the climb is almost without effect, since Adam divides the scale out again.
 
 Usage: `python dipo.py --env-id Hopper-v5`, or `--help`. A sibling of gempo_linear.py, with the same
 environments, networks, loop, log and checkpoints: the diff of the two files is the algorithm.
